@@ -1,0 +1,1 @@
+"""Checkpoints: finding them, streaming their tensors in, writing converted ones."""

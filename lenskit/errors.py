@@ -1,0 +1,116 @@
+"""Every exception that lenskit raises on purpose.
+
+LenskitError
+├── InputError                   prompts or token ids that the model cannot take
+├── ConfigError
+│   ├── UnsupportedModelError    a `model_type` that no family file covers
+│   └── UnsupportedConfigError   an attribute that would change the computation and is not handled
+├── CheckpointError
+│   ├── CheckpointNotFoundError  no such embedded name, folder, or file in the folder
+│   ├── HubError                 a hub id that could not be fetched
+│   ├── CorruptCheckpointError   a truncated, unreadable or unsafe file
+│   ├── MissingTensorError       the model needs a tensor that no file has
+│   ├── UnknownTensorError       a file has a tensor that the model has no place for
+│   └── TensorShapeError         a tensor of another shape than the config says
+├── HookError
+│   ├── UnknownHookPointError    a name, glob or predicate that matches no hook point
+│   ├── AxisError                an axis that a hook point does not have
+│   ├── ReplacementError         a replacement of another type, shape, dtype or device
+│   └── HookConflictError        two hooks of which one would be without effect
+└── MissingExtraError            an optional dependency that is not installed
+"""
+
+
+class LenskitError(Exception):
+    """Root of the tree. The message always says what came, what was expected, and what to do.
+
+    Args:
+        what: one line that names the thing that is wrong (a file, a hook point, an attribute).
+        got: what came.
+        expected: what would have been right.
+        fix: what the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, got: str, expected: str, fix: str) -> None:
+        super().__init__(f"{what}\n  got:      {got}\n  expected: {expected}\n  to do:    {fix}")
+        self.what, self.got, self.expected, self.fix = what, got, expected, fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.got, self.expected, self.fix)
+
+
+def _rebuild(cls: type[LenskitError], what: str, got: str, expected: str, fix: str) -> LenskitError:
+    """Unpickling (worker processes send exceptions back) needs a callable that takes no keywords."""
+    return cls(what, got=got, expected=expected, fix=fix)
+
+
+class InputError(LenskitError, ValueError):
+    """Prompts or token ids that the model cannot take."""
+
+
+class ConfigError(LenskitError, ValueError):
+    """A configuration that describes no model that lenskit can build."""
+
+
+class UnsupportedModelError(ConfigError):
+    """A `model_type` that no family file covers."""
+
+
+class UnsupportedConfigError(ConfigError):
+    """A config attribute that would change the computation and is not handled."""
+
+
+class CheckpointError(LenskitError):
+    """A checkpoint that cannot be found, read or matched to its config."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No such embedded name, folder, or file in the folder."""
+
+
+class HubError(CheckpointError, OSError):
+    """A hub id that could not be fetched."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A truncated, unreadable or unsafe file."""
+
+
+class MissingTensorError(CheckpointError, KeyError):
+    """The model needs a tensor that no file has."""
+
+    __str__ = Exception.__str__  # KeyError's would print the message quoted, on one line
+
+
+class UnknownTensorError(CheckpointError):
+    """A file has a tensor that the model has no place for."""
+
+
+class TensorShapeError(CheckpointError, ValueError):
+    """A tensor of another shape than the config says."""
+
+
+class HookError(LenskitError):
+    """A hook that cannot be attached or whose result cannot be used."""
+
+
+class UnknownHookPointError(HookError, KeyError):
+    """A name, glob or predicate that matches no hook point."""
+
+    __str__ = Exception.__str__
+
+
+class AxisError(HookError, ValueError):
+    """An axis that a hook point does not have."""
+
+
+class ReplacementError(HookError, ValueError):
+    """A replacement of another type, shape, dtype or device than the activation."""
+
+
+class HookConflictError(HookError):
+    """Two hooks of which one would be without effect."""
+
+
+class MissingExtraError(LenskitError, ImportError):
+    """An optional dependency that is not installed."""

@@ -1,0 +1,176 @@
+"""`HookPoint`: a named activation with named axes; nothing else.
+
+A model calls each of its points on the activation that the point names. Unused, that costs one attribute
+check. Used, the functions attached to the point read or replace the activation. Attaching and detaching is the
+business of scopes (`interventions/scope.py`), never of the model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock, get_ident
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lenskit.errors import AxisError, HookError, ReplacementError
+
+_LOCK = Lock()
+
+HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
+Kind = Literal["read", "edit", "grad"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attachment:
+    """A function on a point: it belongs to one scope, and runs in the thread that opened the scope.
+
+    kind: "read" sees the activation itself and replaces nothing; "edit" gets a copy of its own, and what it
+    returns (or, returning None, has made of the copy) goes on through the model; "grad" does the same to
+    the gradient.
+    """
+
+    function: HookFunction
+    kind: Kind
+    thread: int
+
+
+class HookPoint(nn.Module):
+    """An identity that names an activation.
+
+    Args:
+        axes: names of the axes as the user sees them, e.g. "batch pos head d_head".
+        swapped: two of them that lie the other way round in the tensor that flows through the model; functions
+            on the point still see `axes`.
+        on_demand: computed, and cached, only when asked for by name.
+        sizes: lengths of the axes that do not depend on the input, e.g. `head=8, d_head=16`.
+    """
+
+    attachments: tuple[Attachment, ...] | None
+    name: str
+
+    def __init__(
+        self, axes: str, *, swapped: tuple[str, str] | None = None, on_demand: bool = False, **sizes: int
+    ) -> None:
+        super().__init__()
+        self.axes = tuple(axes.split())
+        self.sizes = {"1": 1, **sizes}
+        self.on_demand = on_demand
+        self.name = ""  # its path in the model, written by the model once it is built
+        self.attachments = None  # None rather than an empty tuple: the cheapest check there is
+        self._swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.attachments is None:
+            return x
+        return self._run(x)
+
+    forward = __call__
+
+    @property
+    def layer(self) -> int | None:
+        """The block that the point belongs to; None for those of the embedding and the output."""
+        head, _, rest = self.name.partition(".")
+        return int(rest.partition(".")[0]) if head == "blocks" else None
+
+    def axis(self, name: str) -> int:
+        """Position of an axis.
+
+        Raises:
+            AxisError: the point has no such axis.
+        """
+        if name not in self.axes:
+            raise AxisError(
+                f"hook point {self.name!r} has no axis {name!r}",
+                got=repr(name),
+                expected=f"one of {', '.join(self.axes)}",
+                fix="select along an axis of this point, or use a point that has that axis",
+            )
+        return self.axes.index(name)
+
+    def shape(self, **input_sizes: int) -> tuple[int, ...]:
+        """The activation's shape, from the model's sizes and those of the input (batch, pos, query_pos, ...)."""
+        sizes = {**self.sizes, **input_sizes}
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def attach(self, attachment: Attachment) -> None:
+        """Put a function on the point, after those that are there."""
+        with _LOCK:  # straight into __dict__: torch's __setattr__ looks for parameters first, which takes 2 us
+            self.__dict__["attachments"] = (*(self.attachments or ()), attachment)
+
+    def detach(self, attachment: Attachment) -> None:
+        """Take that one off, whatever else has come or gone; nothing happens if it is not there."""
+        with _LOCK:
+            left = tuple(other for other in self.attachments or () if other is not attachment)
+            self.__dict__["attachments"] = left or None
+
+    def extra_repr(self) -> str:
+        return " ".join(self.axes) + (", on demand" if self.on_demand else "")
+
+    def _run(self, x: Tensor) -> Tensor:
+        thread = get_ident()
+        value = x.transpose(*self._swap) if self._swap else x
+        for attachment in self.attachments or ():
+            if attachment.thread == thread:
+                value = _APPLY[attachment.kind](attachment.function, value, self)
+        return value.transpose(*self._swap) if self._swap else value
+
+    # Users' functions are arbitrary Python: a compiled model calls them, it does not trace them.
+    _run._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _read(function: HookFunction, x: Tensor, hook: HookPoint) -> Tensor:
+    function(x, hook)
+    return x
+
+
+def _edit(function: HookFunction, x: Tensor, hook: HookPoint) -> Tensor:
+    # A copy, because the same tensor may be held by a cache, by another point's user (the stream is both
+    # hook_resid_mid and hook_mlp_in), or by autograd.
+    own = x.clone()
+    result = function(own, hook)
+    return own if result is None else check_replacement(result, x, hook)
+
+
+def _grad(function: HookFunction, x: Tensor, hook: HookPoint) -> Tensor:
+    if not x.requires_grad:
+        raise HookError(
+            f"gradient hook on {hook.name!r} would never run",
+            got="an activation that does not require grad",
+            expected="gradients enabled, and weights or an earlier edit that require grad",
+            fix="run outside torch.no_grad(), with model.requires_grad_(True)",
+        )
+    x = x.view_as(x)  # a node of its own, so that only what passes through this point is counted
+
+    x.register_hook(lambda grad: _edit(function, grad, hook))
+    return x
+
+
+_APPLY: dict[str, Callable[[HookFunction, Tensor, HookPoint], Tensor]] = {
+    "read": _read,
+    "edit": _edit,
+    "grad": _grad,
+}
+
+
+def check_replacement(new: Any, old: Tensor, hook: HookPoint) -> Tensor:
+    """`new`, if it can stand where `old` stood.
+
+    Raises:
+        ReplacementError: it is no tensor, or of another shape, dtype or device.
+    """
+    got = _describe(new)
+    if got == _describe(old):
+        return new
+    raise ReplacementError(
+        f"a hook on {hook.name!r} returned something that cannot replace the activation",
+        got=got,
+        expected=f"{_describe(old)} [{' '.join(hook.axes)}], or None to leave it",
+        fix="return a tensor of the activation's own shape, dtype and device",
+    )
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"

@@ -1,0 +1,141 @@
+"""Inputs: what users give (text, ids, a tokenizer's encoding) becomes a left-padded batch of ids."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lenskit.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A string, a list of strings, a 1-d or 2-d tensor or (nested) list of ids, a list of 1-d tensors, or a tokenizer's
+# encoding (`input_ids` and `attention_mask`).
+Input = str | Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+class Batch(NamedTuple):
+    """Ids, and which of them are a row's own tokens (None: all of them)."""
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"] | None = None
+
+
+def to_batch(given: Input, *, d_vocab: int, tokenizer: "PreTrainedTokenizerBase | None", device: torch.device) -> Batch:
+    """A batch from anything a user may give. Ids are used as given; rows of unequal length are padded on the left.
+
+    Args:
+        d_vocab: ids must be below it.
+        tokenizer: for text; adds the special tokens that it is configured to add.
+        device: where the batch goes.
+
+    Raises:
+        InputError: nothing to process, text without a tokenizer, or ids that are no ids of this model.
+    """
+    if isinstance(given, torch.Tensor):
+        batch = Batch(given.unsqueeze(0) if given.dim() == 1 else given)
+    elif isinstance(given, Mapping):
+        batch = _from_encoding(given)
+    else:
+        batch = _pad(_rows(given, tokenizer))
+    if torch.compiler.is_compiling():
+        return batch
+    _check_ids(batch.tokens, d_vocab)
+    return Batch(batch.tokens.to(device), None if batch.mask is None else batch.mask.to(device))
+
+
+def _rows(given: str | Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None") -> list[list[int]]:
+    """Each prompt's ids."""
+    prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not prompts:
+        raise _refused("an empty list", "at least one prompt")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        if tokenizer is None:
+            raise InputError(
+                "text was given, but the model has no tokenizer",
+                got=f"the text {prompts[0]!r}",
+                expected="token ids",
+                fix="pass ids, or set model.tokenizer to a Hugging Face tokenizer",
+            )
+        rows: list[list[int]] = tokenizer(prompts)["input_ids"]
+    else:
+        rows = [_ids(prompt) for prompt in prompts]
+    for index, row in enumerate(rows):
+        if not row:
+            raise _refused(f"prompt {index} is empty: {prompts[index]!r}", "at least one token a prompt")
+    return rows
+
+
+def _ids(prompt: Any) -> list[int]:
+    ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(type(i) is int for i in ids):
+        raise _refused(repr(prompt), "token ids (integers), or text in every prompt")
+    return list(ids)
+
+
+def _pad(rows: list[list[int]]) -> Batch:
+    longest = max(len(row) for row in rows)
+    if all(len(row) == longest for row in rows):
+        return Batch(torch.tensor(rows))
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)  # which id pads does not matter: nothing reads it
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = True
+    return Batch(tokens, mask)
+
+
+def _from_encoding(encoding: Mapping[str, Any]) -> Batch:
+    """A tokenizer's output, as lists (padded or not) or tensors; its padding may be on either side."""
+    if "input_ids" not in encoding:
+        raise _refused(f"a mapping with {', '.join(encoding) or 'no keys'}", "a tokenizer's encoding with input_ids")
+    ids, mask = encoding["input_ids"], encoding.get("attention_mask")
+    if not isinstance(ids, torch.Tensor):
+        nested = bool(len(ids)) and not isinstance(ids[0], int)
+        rows = [list(row) for row in ids] if nested else [list(ids)]
+        kept = [list(row) for row in mask] if nested and mask is not None else [mask or [1] * len(rows[0])]
+        if mask is not None:
+            rows = [[i for i, m in zip(row, own, strict=True) if m] for row, own in zip(rows, kept, strict=True)]
+        return _pad(_rows(rows, None))
+    tokens = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    if mask is None:
+        return Batch(tokens)
+    return with_mask(tokens, torch.as_tensor(mask))
+
+
+def with_mask(tokens: Tensor, mask: Tensor) -> Batch:
+    """Ids with an attention mask of the same shape: nonzero for a row's own tokens.
+
+    Raises:
+        InputError: the shapes differ, or a row has no token of its own.
+    """
+    mask = (mask.unsqueeze(0) if mask.dim() == 1 else mask).bool()
+    if mask.shape != tokens.shape:
+        raise _refused(f"a mask {tuple(mask.shape)} for ids {tuple(tokens.shape)}", "one mask entry an id")
+    if torch.compiler.is_compiling():
+        return Batch(tokens, mask)
+    if not mask.any(1).all():
+        raise _refused(f"a mask without any token in row {int((~mask.any(1)).nonzero()[0])}", "a token in every row")
+    return Batch(tokens, None if mask.all() else mask)
+
+
+def _check_ids(tokens: Tensor, d_vocab: int) -> None:
+    if tokens.dim() != 2 or 0 in tokens.shape:
+        raise _refused(f"ids of shape {tuple(tokens.shape)}", "a shape [batch pos] with at least one token")
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise _refused(f"a {tokens.dtype} tensor", "token ids: int64 or int32 (with start_at_layer: the stream)")
+    low, high = (int(bound) for bound in tokens.aminmax())
+    if low < 0 or high >= d_vocab:
+        raise _refused(f"the id {low if low < 0 else high}", f"ids from 0 to {d_vocab - 1}, the model's vocabulary")
+
+
+def _refused(got: str, expected: str) -> InputError:
+    return InputError(
+        "the model cannot take this input",
+        got=got,
+        expected=expected,
+        fix="give text, a list of texts, ids (1-d or 2-d tensor, lists), or a tokenizer's encoding",
+    )

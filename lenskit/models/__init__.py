@@ -1,0 +1,1 @@
+"""The zoo: one file an architecture family, on the ground that `base.py` lays."""

@@ -1,0 +1,81 @@
+"""Reading Hugging Face configs closed: every attribute is used, known to change nothing, or refused by name."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from lenskit.errors import ConfigError, UnsupportedConfigError
+
+# Attributes that change nothing in what the forward pass computes in eval mode: names, tokens, training,
+# other tasks' heads, output formats, kernels.
+HARMLESS = frozenset(
+    """
+    _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
+    architectures model_type transformers_version dtype torch_dtype auto_map
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout initializer_range use_cache
+    id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_dropout
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    output_attentions output_hidden_states return_dict torchscript chunk_size_feed_forward pruned_heads
+    is_encoder_decoder is_decoder cross_attention_hidden_size tie_encoder_decoder
+    use_bfloat16 gradient_checkpointing pretraining_tp
+    """.split()  # noqa: SIM905 (a list of words reads better than a list of quotes)
+)
+
+
+class HFConfig:
+    """A config's attributes, read one by one; what was left unread when the block ends is checked.
+
+    Args:
+        hf: every attribute of Hugging Face's config, defaults included.
+    """
+
+    def __init__(self, hf: Mapping[str, Any]) -> None:
+        self._hf = hf
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __call__(self, name: str) -> Any:
+        """The attribute's value.
+
+        Raises:
+            ConfigError: the config does not have it.
+        """
+        if name not in self._hf:
+            raise ConfigError(
+                f"the config has no {name!r}",
+                got=f"a {self._hf.get('model_type')} config with {', '.join(sorted(self._hf))}",
+                expected=f"{name!r} among them",
+                fix="check that config.json is complete",
+            )
+        self._seen.add(name)
+        return self._hf[name]
+
+    def refuse_unless(self, name: str, value: Any, why: str) -> None:
+        """Accept the attribute at `value` (or absent) only, because of `why`."""
+        self._seen.add(name)
+        if self._hf.get(name, value) != value:
+            raise UnsupportedConfigError(
+                f"config attribute {name!r} is not supported",
+                got=f"{name}={self._hf[name]!r}",
+                expected=f"{name}={value!r}: {why}",
+                fix="use a checkpoint without it, or teach the family file to compute it",
+            )
+
+    def ignore(self, *names: str) -> None:
+        """Mark attributes that change nothing here."""
+        self._seen.update(names)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        unread = sorted(set(self._hf) - self._seen - HARMLESS)
+        if error is None and unread:
+            raise UnsupportedConfigError(
+                f"config attributes that are not handled: {', '.join(unread)}",
+                got=", ".join(f"{name}={self._hf[name]!r}" for name in unread),
+                expected=f"only attributes that lenskit's {self._hf.get('model_type')} reads",
+                fix="if they change nothing in the computation, remove them from config.json",
+            )

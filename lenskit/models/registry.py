@@ -1,0 +1,32 @@
+"""Which families there are. A family's file is imported when a model of it is asked for."""
+
+import importlib
+
+from lenskit.errors import UnsupportedModelError
+from lenskit.models.base import Family
+
+# Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
+MODULES = {
+    "gpt2": "lenskit.models.gpt2",
+    "llama": "lenskit.models.llama",
+}
+
+
+def family(model_type: str, *, where: str) -> Family:
+    """The family behind a `model_type`.
+
+    Args:
+        where: what has that type, for the message.
+
+    Raises:
+        UnsupportedModelError: none covers it.
+    """
+    if model_type not in MODULES:
+        raise UnsupportedModelError(
+            f"{where}: no architecture family for model_type {model_type!r}",
+            got=repr(model_type),
+            expected=f"one of {', '.join(sorted(MODULES))}",
+            fix="add a file under lenskit/models/ and a line to its registry.py (see CONTRIBUTING.md)",
+        )
+    found: Family = importlib.import_module(MODULES[model_type]).FAMILY
+    return found

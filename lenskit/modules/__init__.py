@@ -1,0 +1,1 @@
+"""Leaves of the zoo: norms, rotary embeddings, attention, MLPs. No architecture is named here."""

@@ -1,0 +1,102 @@
+"""Matrix products: `Linear`, the token embedding, learned positions, and the unembedding."""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lenskit.errors import InputError
+from lenskit.hooks import HookPoint
+from lenskit.modules.module import Module, empty
+
+
+class Linear(Module):
+    """`x @ weight.T + bias`, with `weight` [d_out, d_in] as it lies on disk: the strides may be either way round.
+
+    Its parameters are read from the dict that torch keeps them in: `self.weight` goes through
+    `nn.Module.__getattr__`, which costs as much as a small product's dispatch.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = empty(d_out, d_in)
+        self.register_parameter("bias", empty(d_out) if bias else None)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        parameters = self._parameters
+        return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        d_out, d_in = self.weight.shape
+        return f"{d_in} -> {d_out}" + ("" if self.bias is None else ", bias")
+
+
+class Embed(Module):
+    """Token embedding; `W_E` [d_vocab, d_model] is a view of the stored weight."""
+
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = empty(d_vocab, d_model)
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return F.embedding(tokens, self._parameters["weight"])  # type: ignore[arg-type]
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} tokens -> {self.weight.shape[1]}"
+
+
+class LearnedPositions(Module):
+    """Adds a learned vector for each position; `W_pos` [n_ctx, d_model] is a view of the stored weight."""
+
+    def __init__(self, n_ctx: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = empty(n_ctx, d_model)
+        self.hook_pos_embed = HookPoint("batch pos d_model", d_model=d_model)
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "rows pos"], n_keys: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream with positions added; `n_keys` tokens, past ones included, must fit n_ctx.
+
+        Raises:
+            InputError: the sequence is longer than the learned positions.
+        """
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        if n_keys > weight.shape[0]:
+            raise InputError(
+                "the sequence is longer than the model's context",
+                got=f"{n_keys} tokens",
+                expected=f"at most {weight.shape[0]} (cfg.n_ctx): this model learned one vector a position",
+                fix="shorten the prompt, or ask for fewer new tokens",
+            )
+        added = F.embedding(positions, weight).expand_as(resid)
+        return resid + self.hook_pos_embed(added)
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} positions"
+
+
+class Unembed(Linear):
+    """From the stream to logits; `W_U` [d_model, d_vocab] and `b_U` [d_vocab] are views of the stored weights."""
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return bias_view(self.bias, self.weight.shape[0], like=self.weight)
+
+
+def bias_view(bias: nn.Parameter | None, *shape: int, like: Tensor) -> Tensor:
+    """A bias in `shape`; where the model has none, zeros that refuse to be written in place."""
+    return like.new_zeros(()).expand(shape) if bias is None else bias.view(shape)

@@ -1,0 +1,120 @@
+"""Multilayer perceptrons and their activation functions."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lenskit.errors import UnsupportedConfigError
+from lenskit.hooks import HookPoint
+from lenskit.modules.linear import Linear, bias_view
+from lenskit.modules.module import Module
+
+Activation = Callable[[Tensor], Tensor]
+
+_GELU_TANH = partial(F.gelu, approximate="tanh")
+
+# Hendrycks and Gimpel 2016, arXiv 1606.08415 (gelu and its approximations); Ramachandran et al. 2017,
+# arXiv 1710.05941 (silu); So et al. 2021, arXiv 2109.08668 (squared relu).
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_fast": _GELU_TANH,
+    "gelu_new": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "leaky_relu": F.leaky_relu,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x).square(),
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Activation:
+    """The function behind a config's activation name.
+
+    Raises:
+        UnsupportedConfigError: no such name.
+    """
+    if name not in ACTIVATIONS:
+        raise UnsupportedConfigError(
+            f"unknown activation function {name!r}",
+            got=repr(name),
+            expected=f"one of {', '.join(ACTIVATIONS)}",
+            fix="correct act_fn in the config, or add the function to lenskit/modules/mlp.py",
+        )
+    return ACTIVATIONS[name]
+
+
+class FeedForward(Module):
+    """The part that every MLP shares: into d_mlp, an activation function, back to d_model.
+
+    Weights as views: W_in [d_model, d_mlp], b_in [d_mlp], W_out [d_mlp, d_model], b_out [d_model].
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool) -> None:
+        super().__init__()
+        self.act = activation(act_fn)
+        self.w_in = Linear(d_model, d_mlp, bias=bias)
+        self.w_out = Linear(d_mlp, d_model, bias=bias)
+        self.hook_pre = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.w_in.weight.T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return bias_view(self.w_in.bias, self.w_in.weight.shape[0], like=self.w_in.weight)
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.w_out.weight.T
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        return bias_view(self.w_out.bias, self.w_out.weight.shape[0], like=self.w_out.weight)
+
+
+class MLP(FeedForward):
+    """W_out act(W_in x): `hook_pre` before the activation function, `hook_post` after it."""
+
+    def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool) -> None:
+        super().__init__(d_model, d_mlp, act_fn=act_fn, bias=bias)
+        self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return self.w_out(self.hook_post(self.act(self.hook_pre(self.w_in(x)))))
+
+
+class GatedMLP(FeedForward):
+    """W_out (act(W_gate x) * W_in x), Shazeer 2020, arXiv 2002.05202.
+
+    `hook_pre` is the gate before the activation function, `hook_pre_linear` what it multiplies, `hook_post`
+    the product. W_gate [d_model, d_mlp] and b_gate [d_mlp] are views like the others.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool) -> None:
+        super().__init__(d_model, d_mlp, act_fn=act_fn, bias=bias)
+        self.w_gate = Linear(d_model, d_mlp, bias=bias)
+        self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+        self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        gate = self.act(self.hook_pre(self.w_gate(x)))
+        return self.w_out(self.hook_post(gate * self.hook_pre_linear(self.w_in(x))))
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.w_gate.weight.T
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"]:
+        return bias_view(self.w_gate.bias, self.w_gate.weight.shape[0], like=self.w_gate.weight)

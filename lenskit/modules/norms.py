@@ -1,0 +1,86 @@
+"""Normalisations. Fused unless somebody asked for the scale or the normalised activation.
+
+Statistics are float32 whatever the model's dtype: `hook_scale` is float32, `hook_normalized` has the dtype of
+the stream. `hook_normalized * weight (+ bias)` is what the next sublayer reads.
+"""
+
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lenskit.hooks import HookPoint
+from lenskit.modules.module import Module, empty
+
+
+class Norm(Module):
+    """Divides each vector of the stream by a scale of its own, then applies learned gains.
+
+    eps: added to the mean square (or variance) before the root, in the activation's squared units.
+    """
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.shape = (d_model,)
+        self.weight = empty(d_model)
+        self.hook_scale = HookPoint("batch pos 1")
+        self.hook_normalized = HookPoint("batch pos d_model", d_model=d_model)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if self.hook_scale.attachments is None and self.hook_normalized.attachments is None:
+            return self.fused(x)
+        normalized, scale = self.normalize(x.float())
+        edited = self.hook_scale(scale)
+        if edited is not scale:
+            normalized = normalized * (scale / edited)
+        return self.gain(self.hook_normalized(normalized.to(x.dtype)))
+
+    @abstractmethod
+    def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The whole norm in one kernel, hooks off; any leading axes."""
+
+    @abstractmethod
+    def normalize(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
+        """The normalised activation [batch pos d_model] and the scale [batch pos 1] that it was divided by."""
+
+    @abstractmethod
+    def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The learned affine map."""
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+class LayerNorm(Norm):
+    """Ba et al. 2016, arXiv 1607.06450."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__(d_model, eps)
+        self.bias = empty(d_model)
+
+    def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        parameters = self._parameters
+        return torch.layer_norm(x, self.shape, parameters["weight"], parameters["bias"], self.eps)
+
+    def normalize(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
+        normalized, _, inverse = torch.native_layer_norm(x, self.shape, None, None, self.eps)
+        return normalized, inverse.reciprocal()
+
+    def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return torch.addcmul(self.bias, normalized, self.weight)
+
+
+class RMSNorm(Norm):
+    """Zhang and Sennrich 2019, arXiv 1910.07467: no centring, no bias."""
+
+    def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return torch.rms_norm(x, self.shape, self._parameters["weight"], self.eps)
+
+    def normalize(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return x / scale, scale
+
+    def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return normalized * self.weight

@@ -1,0 +1,149 @@
+"""Weight tables: one an architecture, from names on disk to ours and back.
+
+A table is a list of rules. Each says which tensors on disk become which of our parameters, and how; read in the
+other direction it says how to write them. Tables are closed: a tensor on disk that no rule knows is an error.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lenskit.errors import MissingTensorError, UnknownTensorError
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """Some tensors on disk and the parameters they become; names may hold `{l}`, the layer's number."""
+
+    on_disk: tuple[str, ...]
+    ours: tuple[str, ...]
+
+    @abstractmethod
+    def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Our parameters from the tensors on disk: views of them wherever that is possible."""
+
+    @abstractmethod
+    def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The inverse of `load`."""
+
+
+@dataclass(frozen=True)
+class Weight(Rule):
+    """One tensor, one parameter; `transpose` where the disk has [d_in, d_out]."""
+
+    transpose: bool = False
+
+    def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [tensor.T for tensor in tensors] if self.transpose else tensors
+
+    def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return self.load(tensors)
+
+
+class Drop(Rule):
+    """Tensors that some checkpoints carry and that nothing reads: a mask, a table, a tied copy."""
+
+    def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return ()
+
+    def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return ()
+
+
+def weight(on_disk: str, ours: str, *, transpose: bool = False) -> Weight:
+    """The rule for one tensor that becomes one parameter."""
+    return Weight((on_disk,), (ours,), transpose)
+
+
+def drop(on_disk: str) -> Drop:
+    """The rule for a tensor that is not loaded."""
+    return Drop((on_disk,), ())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A rule at one layer: names without placeholders, the disk's as this checkpoint spells them."""
+
+    rule: Rule
+    on_disk: tuple[str, ...]
+    ours: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """The rules of one architecture.
+
+    Args:
+        rules: see `Rule`.
+        n_layers: how often a rule with `{l}` applies.
+        prefix: in front of the names of the model without its head; a checkpoint may leave it out everywhere.
+    """
+
+    rules: tuple[Rule, ...]
+    n_layers: int
+    prefix: str = ""
+
+    def placements(self) -> Iterator[Placement]:
+        """Every rule at every layer."""
+        for rule in self.rules:
+            repeated = any("{l}" in name for name in rule.on_disk)
+            for layer in range(self.n_layers if repeated else 1):
+                yield Placement(
+                    rule,
+                    tuple(name.replace("{l}", str(layer)) for name in rule.on_disk),
+                    tuple(name.replace("{l}", str(layer)) for name in rule.ours),
+                )
+
+    def match(self, names: Iterable[str], where: str) -> list[Placement]:
+        """The placements that read the tensors of a checkpoint, spelled as it spells them.
+
+        Args:
+            names: of every tensor on disk.
+            where: the checkpoint, for messages.
+
+        Raises:
+            MissingTensorError: a parameter of ours has no tensor.
+            UnknownTensorError: a tensor has no parameter.
+        """
+        present = set(names)
+        bare = not any(name.startswith(self.prefix) for name in present)
+        found: list[Placement] = []
+        missing: list[str] = []
+        for placement in self.placements():
+            on_disk = tuple(n.removeprefix(self.prefix) if bare else n for n in placement.on_disk)
+            absent = [name for name in on_disk if name not in present]
+            if absent and placement.ours:
+                missing += absent
+            elif not absent:
+                found.append(Placement(placement.rule, on_disk, placement.ours))
+        unknown = sorted(present - {name for placement in found for name in placement.on_disk})
+        if missing:
+            raise MissingTensorError(
+                f"{where}: {len(missing)} tensors are missing",
+                got=f"{len(present)} tensors, without {_some(missing)}"
+                + (f"; it has {_some(unknown)}, which nothing reads" if unknown else ""),
+                expected="every tensor that the config calls for",
+                fix="check that config.json belongs to these weights and that every file was downloaded",
+            )
+        if unknown:
+            raise UnknownTensorError(
+                f"{where}: {len(unknown)} tensors that nothing reads",
+                got=_some(unknown),
+                expected="only tensors that the architecture has",
+                fix="check that config.json belongs to these weights; adapters and quantised weights do not load",
+            )
+        return found
+
+    def to_disk(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its name on disk, from our parameters."""
+        for placement in self.placements():
+            if placement.ours:
+                stored = placement.rule.store([parameters[name] for name in placement.ours])
+                yield from zip(placement.on_disk, stored, strict=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
