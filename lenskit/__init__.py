@@ -6,6 +6,7 @@ from lenskit.checkpoints.write import convert, export
 from lenskit.errors import LenskitError
 from lenskit.hooks import HookPoint
 from lenskit.transformer import HookedTransformer, Result
+from lenskit.version import __version__
 
 __all__ = [
     "ActivationCache",
@@ -13,6 +14,7 @@ __all__ = [
     "HookedTransformer",
     "LenskitError",
     "Result",
+    "__version__",
     "convert",
     "errors",
     "export",

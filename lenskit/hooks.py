@@ -5,6 +5,7 @@ check. Used, the functions attached to the point read or replace the activation.
 business of scopes (`interventions/scope.py`), never of the model.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock, get_ident
@@ -58,12 +59,12 @@ class HookPoint(nn.Module):
         self.on_demand = on_demand
         self.name = ""  # its path in the model, written by the model once it is built
         self.attachments = None  # None rather than an empty tuple: the cheapest check there is
-        self._swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
+        self.swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.attachments is None:
             return x
-        return self._run(x)
+        return _run(self, x)
 
     forward = __call__
 
@@ -107,16 +108,30 @@ class HookPoint(nn.Module):
     def extra_repr(self) -> str:
         return " ".join(self.axes) + (", on demand" if self.on_demand else "")
 
-    def _run(self, x: Tensor) -> Tensor:
-        thread = get_ident()
-        value = x.transpose(*self._swap) if self._swap else x
-        for attachment in self.attachments or ():
-            if attachment.thread == thread:
-                value = _APPLY[attachment.kind](attachment.function, value, self)
-        return value.transpose(*self._swap) if self._swap else value
 
-    # Users' functions are arbitrary Python: a compiled model calls them, it does not trace them.
-    _run._torchdynamo_disable = True  # type: ignore[attr-defined]
+def _run(point: HookPoint, x: Tensor) -> Tensor:
+    """The activation after every function that is attached in this thread.
+
+    Functions are arbitrary Python: a compiled model calls them, it does not trace them.
+    """
+    if "torch._dynamo" in sys.modules:  # the compiler, which nobody should import to find out that it is not in use
+        global _uncompiled
+        if _uncompiled is None:
+            _uncompiled = torch.compiler.disable(_apply_attached)
+        return _uncompiled(point, x)
+    return _apply_attached(point, x)
+
+
+_uncompiled: Callable[[HookPoint, Tensor], Tensor] | None = None
+
+
+def _apply_attached(point: HookPoint, x: Tensor) -> Tensor:
+    thread = get_ident()
+    value = x.transpose(*point.swap) if point.swap else x
+    for attachment in point.attachments or ():
+        if attachment.thread == thread:
+            value = _APPLY[attachment.kind](attachment.function, value, point)
+    return value.transpose(*point.swap) if point.swap else value
 
 
 def _read(function: HookFunction, x: Tensor, hook: HookPoint) -> Tensor:
