@@ -130,7 +130,11 @@ def _apply_attached(point: HookPoint, x: Tensor) -> Tensor:
     value = x.transpose(*point.swap) if point.swap else x
     for attachment in point.attachments or ():
         if attachment.thread == thread:
-            value = _APPLY[attachment.kind](attachment.function, value, point)
+            try:
+                value = _APPLY[attachment.kind](attachment.function, value, point)
+            except Exception as error:
+                error.add_note(f"in a hook on {point.name!r}, whose activation is {_describe(value)}")
+                raise
     return value.transpose(*point.swap) if point.swap else value
 
 

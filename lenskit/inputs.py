@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -12,9 +13,9 @@ from lenskit.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A string, a list of strings, a 1-d or 2-d tensor or (nested) list of ids, a list of 1-d tensors, or a tokenizer's
-# encoding (`input_ids` and `attention_mask`).
-Input = str | Tensor | Sequence[Any] | Mapping[str, Any]
+# A string, a list of strings, a 1-d or 2-d tensor, array or (nested) list of ids, a list of 1-d tensors, or a
+# tokenizer's encoding (`input_ids` and `attention_mask`).
+Input = str | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 
 
 class Batch(NamedTuple):
@@ -35,6 +36,8 @@ def to_batch(given: Input, *, d_vocab: int, tokenizer: "PreTrainedTokenizerBase 
     Raises:
         InputError: nothing to process, text without a tokenizer, or ids that are no ids of this model.
     """
+    if isinstance(given, np.ndarray):
+        given = torch.from_numpy(given)
     if isinstance(given, torch.Tensor):
         batch = Batch(given.unsqueeze(0) if given.dim() == 1 else given)
     elif isinstance(given, Mapping):
@@ -49,6 +52,8 @@ def to_batch(given: Input, *, d_vocab: int, tokenizer: "PreTrainedTokenizerBase 
 
 def _rows(given: str | Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None") -> list[list[int]]:
     """Each prompt's ids."""
+    if not isinstance(given, Sequence):
+        raise _refused(f"a {type(given).__name__}", "text, token ids, or a list of either")
     prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
     if not prompts:
         raise _refused("an empty list", "at least one prompt")

@@ -47,7 +47,7 @@ def on_sites(hooks: Sequence[Hook], points: Mapping[str, HookPoint], kind: Kind)
             raise HookError(
                 f"hooks[{index}] is not a hook",
                 got=repr(hook),
-                expected="a pair (name, glob or predicate; function of (activation, hook))",
+                expected="a pair (name, glob or predicate; function of (activation, hook)); hooks is a list of them",
                 fix='write hooks=[("blocks.0.attn.hook_v", lambda act, hook: act * 0)]',
             )
         found += on_points(resolve(hook[0], points), hook[1], kind)

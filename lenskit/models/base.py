@@ -168,6 +168,8 @@ class Family:
 class Decoder(Module):
     """Embedding, blocks, final norm, unembedding: the forward pass, nothing more."""
 
+    __call__ = nn.Module.__call__  # with keywords
+
     def __init__(self, cfg: DecoderConfig, parts: Parts) -> None:
         super().__init__()
         self.cfg = cfg

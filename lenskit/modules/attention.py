@@ -11,7 +11,7 @@ from torch import Tensor
 from lenskit.hooks import HookPoint
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Linear, bias_view
-from lenskit.modules.module import Identity, Module
+from lenskit.modules.module import Identity, Module, at_least_float32
 from lenskit.modules.rotary import Rotary
 
 
@@ -70,7 +70,8 @@ class SeparateQKV(QKV):
         self.v = Linear(d_model, n_key_value_heads * d_head, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (x.shape[0], x.shape[1], -1, self.d_head)
+        batch, pos, _ = x.shape
+        shape = (batch, pos, -1, self.d_head)
         return (
             self.q(x).view(shape).transpose(1, 2),
             self.k(x).view(shape).transpose(1, 2),
@@ -97,7 +98,8 @@ class FusedQKV(QKV):
         self.joined = Linear(d_model, 3 * n_heads * d_head, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.joined(x).view(x.shape[0], x.shape[1], 3, self.n_heads, self.d_head)
+        batch, pos, _ = x.shape
+        heads = self.joined(x).view(batch, pos, 3, self.n_heads, self.d_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
@@ -164,12 +166,12 @@ class Attention(Module):
         )
 
     def explicit(self, q: Tensor, k: Tensor, v: Tensor, run: ForwardPass) -> Float[Tensor, "batch head pos d_head"]:
-        """Attention written out, with its two hook points; the softmax in float32."""
+        """Attention written out, with its two hook points; the softmax in float32 at least."""
         if self.group > 1:
             k, v = k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1)
         scores = ((q * self.scale) @ k.mT).masked_fill(~run.visible(), float("-inf"))
         scores = self.hook_attn_scores(scores)
-        pattern = self.hook_pattern(scores.softmax(-1, dtype=torch.float32).to(q.dtype))
+        pattern = self.hook_pattern(scores.softmax(-1, dtype=at_least_float32(q.dtype)).to(q.dtype))
         return pattern @ v
 
     def project(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:

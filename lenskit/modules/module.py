@@ -35,7 +35,7 @@ class Module(nn.Module):
             self.__dict__.pop(name, None)
         super().__delattr__(name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
         if (
             self._forward_hooks
             or self._forward_pre_hooks
@@ -46,8 +46,8 @@ class Module(nn.Module):
             or _global_backward_hooks
             or _global_backward_pre_hooks
         ):
-            return super().__call__(*args, **kwargs)
-        return self.forward(*args, **kwargs)
+            return super().__call__(*args)
+        return self.forward(*args)
 
     forward: Callable[..., Any]
 
@@ -64,3 +64,8 @@ class Identity(Module):
 def empty(*shape: int) -> nn.Parameter:
     """An uninitialised parameter: weights are loaded or drawn later, by the model."""
     return nn.Parameter(torch.empty(*shape))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over a half-precision activation are computed."""
+    return torch.promote_types(dtype, torch.float32)

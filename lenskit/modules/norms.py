@@ -1,6 +1,6 @@
 """Normalisations. Fused unless somebody asked for the scale or the normalised activation.
 
-Statistics are float32 whatever the model's dtype: `hook_scale` is float32, `hook_normalized` has the dtype of
+Statistics are float32 in half precision too: `hook_scale` is float32, `hook_normalized` has the dtype of
 the stream. `hook_normalized * weight (+ bias)` is what the next sublayer reads.
 """
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenskit.hooks import HookPoint
-from lenskit.modules.module import Module, empty
+from lenskit.modules.module import Module, at_least_float32, empty
 
 
 class Norm(Module):
@@ -31,7 +31,7 @@ class Norm(Module):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if self.hook_scale.attachments is None and self.hook_normalized.attachments is None:
             return self.fused(x)
-        normalized, scale = self.normalize(x.float())
+        normalized, scale = self.normalize(x.to(at_least_float32(x.dtype)))
         edited = self.hook_scale(scale)
         if edited is not scale:
             normalized = normalized * (scale / edited)

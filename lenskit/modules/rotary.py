@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from inspect import signature
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -67,7 +67,7 @@ class RopeConfig:
         _check_keys(self.to_hf())
 
     @classmethod
-    def from_hf(cls, rope_parameters: Mapping[str, Any], *, n_ctx: int) -> Self:
+    def from_hf(cls, rope_parameters: Mapping[str, Any], *, n_ctx: int) -> "RopeConfig":
         """Reads transformers' `rope_parameters` (as of version 5: with `rope_theta` among them).
 
         Args:
@@ -120,7 +120,9 @@ class Rotary(Module):
     def __init__(self, rope: RopeConfig, *, d_head: int, n_ctx: int, interleaved: bool = False) -> None:
         super().__init__()
         self.rope, self.d_head, self.n_ctx, self.interleaved = rope, d_head, n_ctx, interleaved
-        frequencies, self.amplitude = spectrum(rope, d_head, n_ctx, 0, torch.device("cpu"))
+        sizes = (rope.theta, d_head, int(d_head * rope.partial_rotary_factor), n_ctx)
+        setting = Setting(*sizes, seq_len=0, device=torch.device("cpu"))
+        frequencies, self.amplitude = ROPE_TYPES[rope.rope_type](setting, **rope.scaling())
         self.d_rotary = 2 * len(frequencies)
         if not 0 < self.d_rotary <= d_head:
             raise UnsupportedConfigError(
@@ -129,6 +131,8 @@ class Rotary(Module):
                 expected=f"2 to {d_head} rotated dimensions",
                 fix="check partial_rotary_factor and the width of a head in the config",
             )
+        # Plain tuples: they are hashed fast, and torch.compile takes them for the constants that they are.
+        self._key: Key = (rope.rope_type, tuple(rope.scaling().items()), sizes, interleaved)
 
     def tables(
         self, positions: Int[Tensor, "rows pos"], seq_len: int, dtype: torch.dtype
@@ -157,36 +161,32 @@ class Rotary(Module):
         sin: Float[Tensor, "rows 1 pos d_rotary"],
     ) -> Float[Tensor, "batch head pos d_head"]:
         """x, turned. cos and sin are those of `tables`, with a row for each of the batch, or one for all."""
-        if self.d_rotary == self.d_head:
-            return self._turn(x, cos, sin)
-        return torch.cat((self._turn(x[..., : self.d_rotary], cos, sin), x[..., self.d_rotary :]), -1)
+        rotary = x if self.d_rotary == self.d_head else x[..., : self.d_rotary]
+        if self.interleaved:
+            partners = rotary.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
+        else:
+            partners = rotary.roll(self.d_rotary // 2, -1)
+        turned = torch.addcmul(rotary * cos, partners, sin)
+        return turned if rotary is x else torch.cat((turned, x[..., self.d_rotary :]), -1)
 
     def extra_repr(self) -> str:
         pairs = "neighbours" if self.interleaved else "halves"
         return f"{self.rope.rope_type}, {self.d_rotary} of {self.d_head} dimensions, pairs of {pairs}"
 
-    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.interleaved:
-            partner = x.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
-        else:
-            partner = x.roll(self.d_rotary // 2, -1)
-        return torch.addcmul(x * cos, partner, sin)
-
     def _frequencies(self, positions: Tensor, seq_len: int) -> Tensor:
         rope, device = self.rope, positions.device
         if rope.rope_type == "dynamic" and seq_len > self.n_ctx:  # for this one length: not worth keeping
-            return _signed(rope, self.d_head, self.n_ctx, seq_len, self.interleaved, device)
+            return _signed(self._key, seq_len, device)
         # Otherwise length matters to one type only, and then only whether it exceeds the original context.
         original = rope.original_max_position_embeddings or 0
         length = original + 1 if rope.rope_type == "longrope" and seq_len > original else 0
         # A fake tensor must not get into the cache, nor meet a real one that comes out of it.
         frequencies = _constant if type(positions) is Tensor else _signed
-        return frequencies(rope, self.d_head, self.n_ctx, length, self.interleaved, device)
+        return frequencies(self._key, length, device)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What the frequencies depend on for every rope type; lengths are in tokens."""
+class Setting(NamedTuple):
+    """What the frequencies of any rope type may depend on; lengths are in tokens."""
 
     theta: float
     d_head: int
@@ -195,60 +195,58 @@ class Setting:
     seq_len: int
     device: torch.device
 
-    def periods(self, *, d: int | None = None, stretch: float | Tensor = 1.0) -> Float[Tensor, " pair"]:
-        """Tokens a radian, of every pair of a d-wide rotation, from a base that is stretched."""
-        d = d or self.d
-        exponents = torch.arange(0, d, 2, dtype=torch.float32, device=self.device) / d
-        return torch.pow(self.theta * stretch, exponents)
+
+# What identifies the frequencies of a module: rope type, its arguments, (theta, d_head, d, n_ctx), interleaved.
+Key = tuple[str, tuple[tuple[str, Any], ...], tuple[float, int, int, int], bool]
 
 
-Spectrum = tuple[Float[Tensor, " pair"], float]
-
-
-def spectrum(rope: RopeConfig, d_head: int, n_ctx: int, seq_len: int, device: torch.device) -> Spectrum:
-    """Frequencies in radians a token (float32, one a pair) and amplitude, for sequences of seq_len tokens."""
-    d = int(d_head * rope.partial_rotary_factor)
-    setting = Setting(rope.theta, d_head, d, n_ctx, seq_len, device)
-    return ROPE_TYPES[rope.rope_type](setting, **rope.scaling())
-
-
-def _signed(rope: RopeConfig, d_head: int, n_ctx: int, seq_len: int, interleaved: bool, device: torch.device) -> Tensor:
+def _signed(key: Key, seq_len: int, device: torch.device) -> Float[Tensor, " d_rotary"]:
     """The frequency of each rotated dimension, negative for the first of a pair."""
-    frequencies, _ = spectrum(rope, d_head, n_ctx, seq_len, device)
+    rope_type, scaling, sizes, interleaved = key
+    frequencies, _ = ROPE_TYPES[rope_type](Setting(*sizes, seq_len, device), **dict(scaling))
     return torch.stack((-frequencies, frequencies), dim=-1 if interleaved else 0).flatten()
 
 
 @lru_cache(maxsize=128)
-def _cached(rope: RopeConfig, d_head: int, n_ctx: int, seq_len: int, interleaved: bool, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it outlives the caller's mode
-        # On the CPU, so that every device gets the same numbers.
-        return _signed(rope, d_head, n_ctx, seq_len, interleaved, torch.device("cpu")).to(device)
+def _cached(key: Key, seq_len: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the tensor outlives the caller's mode
+        return _signed(key, seq_len, torch.device("cpu")).to(device)  # the same numbers on every device
 
 
-def _constant(*arguments: Any) -> Tensor:
-    return _cached(*arguments)
+def _constant(key: Key, seq_len: int, device: torch.device) -> Tensor:
+    return _cached(key, seq_len, device)
 
 
 # A compiled model does not trace the cache: it holds the tensor that came out of it.
 torch.compiler.assume_constant_result(_constant)
 
 
-# The rope types. The order of operations is that of transformers, so that they agree to the last bit.
+# The rope types: frequencies in radians a token (float32), and the amplitude. The order of operations is that
+# of transformers, so that they agree to the last bit.
+
+Spectrum = tuple[Float[Tensor, " pair"], float]
+
+
+def _periods(setting: Setting, *, d: int | None = None, base: Tensor | None = None) -> Float[Tensor, " pair"]:
+    """Tokens a radian: base ** (2i / d) for every pair i; d and the base are the setting's unless given."""
+    d = setting.d if d is None else d
+    exponents = torch.arange(0, d, 2, dtype=torch.float32, device=setting.device) / d
+    return torch.pow(setting.theta if base is None else base, exponents)
 
 
 def unscaled(setting: Setting) -> Spectrum:
     """RoPE itself (Su et al., arXiv 2104.09864): f_i = theta ** (-2i / d)."""
-    return 1.0 / setting.periods(), 1.0
+    return 1.0 / _periods(setting), 1.0
 
 
 def linear(setting: Setting, factor: float) -> Spectrum:
     """Position interpolation (kaiokendev, 2023; Chen et al., arXiv 2306.15595): every pair is slowed."""
-    return 1.0 / setting.periods() / factor, 1.0
+    return 1.0 / _periods(setting) / factor, 1.0
 
 
 def proportional(setting: Setting, factor: float = 1.0) -> Spectrum:
     """p-RoPE (Barbero et al., arXiv 2410.06205): of the whole head's pairs the fastest turn."""
-    frequencies = 1.0 / setting.periods(d=setting.d_head)
+    frequencies = 1.0 / _periods(setting, d=setting.d_head)
     turning = setting.d // 2
     return torch.cat((frequencies[:turning], 0.0 * frequencies[turning:])) / factor, 1.0
 
@@ -262,7 +260,7 @@ def dynamic_ntk(setting: Setting, factor: float) -> Spectrum:
         return unscaled(setting)
     seq_len = torch.full((), setting.seq_len, dtype=torch.float32, device=setting.device)
     stretch = factor * seq_len / setting.n_ctx - (factor - 1)
-    return 1.0 / setting.periods(stretch=stretch ** (setting.d / (setting.d - 2))), 1.0
+    return 1.0 / _periods(setting, base=setting.theta * stretch ** (setting.d / (setting.d - 2))), 1.0
 
 
 def yarn(
@@ -288,7 +286,7 @@ def yarn(
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, setting.d - 1)
-    periods = setting.periods()
+    periods = _periods(setting)
     pairs = torch.arange(len(periods), dtype=torch.float32, device=setting.device)
     kept = 1 - ((pairs - low) / (high - low if high != low else 0.001)).clamp(0, 1)
     frequencies = 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
@@ -310,7 +308,7 @@ def longrope(
     """LongRoPE (Ding et al., arXiv 2402.13753): searched divisors, one a pair: a set for sequences within the
     original context, and a set for longer ones.
     """
-    periods = setting.periods()
+    periods = _periods(setting)
     if not len(short_factor) == len(long_factor) == len(periods):
         raise UnsupportedConfigError(
             f"rope parameters that do not fit a head of {setting.d_head} dimensions",
@@ -336,7 +334,7 @@ def smoothed(
     """The "llama3" type (reference code of the 3.1 models, 2024): YaRN with a ramp that is linear in the
     turns over the original context, from low_freq_factor to high_freq_factor.
     """
-    frequencies = 1.0 / setting.periods()
+    frequencies = 1.0 / _periods(setting)
     wavelengths = 2 * math.pi / frequencies  # in tokens
     turns = original_max_position_embeddings / wavelengths
     kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
