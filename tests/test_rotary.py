@@ -18,7 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from lenskit.errors import UnsupportedConfigError
 from lenskit.modules import rotary
-from lenskit.modules.rotary import ROPE_TYPES, RopeConfig, Rotary
+from lenskit.modules.rope_types import ROPE_TYPES, RopeConfig
+from lenskit.modules.rotary import Rotary
 
 D_HEAD, N_CTX, ORIGINAL = 16, 64, 32
 

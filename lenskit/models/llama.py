@@ -18,7 +18,8 @@ from lenskit.modules.linear import Embed, Unembed
 from lenskit.modules.mlp import GatedMLP
 from lenskit.modules.module import Identity
 from lenskit.modules.norms import RMSNorm
-from lenskit.modules.rotary import RopeConfig, Rotary
+from lenskit.modules.rope_types import RopeConfig
+from lenskit.modules.rotary import Rotary
 from lenskit.weights import WeightTable, drop, weight
 
 
