@@ -18,6 +18,8 @@ from lenskit.modules.rotary import Rotary
 class Unrotated(Identity):
     """Stands where a rotary embedding would, in models whose positions enter elsewhere."""
 
+    by_length = False
+
     def tables(self, *_: object) -> tuple[()]:
         """No angles."""
         return ()

@@ -10,6 +10,8 @@ from torch import Tensor
 class HasTables(Protocol):
     """A rotary embedding, or what stands in its place."""
 
+    by_length: bool  # whether the angles depend on how long the sequence is
+
     def tables(self, positions: Int[Tensor, "rows pos"], seq_len: int, dtype: torch.dtype) -> tuple[Tensor, ...]: ...
 
 
@@ -51,8 +53,17 @@ class ForwardPass:
         """The rotary part's cos and sin at this pass's positions, each [rows 1 pos d_rotary]."""
         key = (id(rotary), dtype)
         if key not in self._tables:
-            self._tables[key] = rotary.tables(self.positions, self.n_tokens, dtype)
+            if rotary.by_length and self.mask is not None:
+                self._tables[key] = self._tables_by_row(rotary, self.mask, dtype)
+            else:
+                self._tables[key] = rotary.tables(self.positions, self.n_tokens, dtype)
         return self._tables[key]
+
+    def _tables_by_row(self, rotary: HasTables, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A row's angles follow its own length, as if it were alone; Hugging Face goes by the longest row's."""
+        lengths = mask.sum(1).tolist()
+        rows = [rotary.tables(p[None], n, dtype) for p, n in zip(self.positions, lengths, strict=True)]
+        return tuple(torch.cat(tables) for tables in zip(*rows, strict=True))
 
     def visible(self) -> Bool[Tensor, "rows 1 query_pos key_pos"]:
         """True where a query may attend to a key: not ahead of it, and no padding.

@@ -49,6 +49,7 @@ class Rotary(Module):
                 expected=f"2 to {d_head} rotated dimensions",
                 fix="check partial_rotary_factor and the width of a head in the config",
             )
+        self.by_length = rope.rope_type in ("dynamic", "longrope")
         # Plain tuples: they are hashed fast, and torch.compile takes them for the constants that they are.
         self._key: Key = (rope.rope_type, tuple(rope.scaling().items()), sizes, interleaved)
 
