@@ -54,14 +54,15 @@ class ActivationCache(Mapping[str, Tensor]):
         Raises:
             UnknownHookPointError: nothing cached, or more than one thing, answers to the key.
         """
-        if isinstance(key, str):
-            key = re.sub(r"^blocks\.-(\d+)\.", lambda m: f"blocks.{self.n_layers - int(m[1])}.", key)
-            names = [name for name in (key, f"hook_{key}", f"{key}.hook_scale") if name in self._activations][:1]
-        else:
-            short, layer, *part = key
-            block = f"blocks.{layer + self.n_layers if layer < 0 else layer}."
-            end = f"{part[0]}.hook_{short}" if part else f"hook_{short}"
-            names = [n for n in self._activations if n.startswith(block) and ("." + n).endswith("." + end)]
+        names: list[str] = []
+        match key:
+            case str():
+                full = re.sub(r"^blocks\.-(\d+)\.", lambda m: f"blocks.{self.n_layers - int(m[1])}.", key)
+                names = [name for name in (full, f"hook_{full}", f"{full}.hook_scale") if name in self._activations][:1]
+            case (str(short), int(layer), *part) if len(part) < 2:
+                block = f"blocks.{layer + self.n_layers if layer < 0 else layer}."
+                end = f".{part[0]}.hook_{short}" if part else f".hook_{short}"
+                names = [name for name in self._activations if name.startswith(block) and name.endswith(end)]
         if len(names) != 1:
             raise UnknownHookPointError(
                 f"no single cached activation answers to {key!r}",

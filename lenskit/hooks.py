@@ -69,6 +69,11 @@ class HookPoint(nn.Module):
     forward = __call__
 
     @property
+    def used(self) -> bool:
+        """Whether anything attached would run in this thread."""
+        return any(attachment.thread == get_ident() for attachment in self.attachments or ())
+
+    @property
     def layer(self) -> int | None:
         """The block that the point belongs to; None for those of the embedding and the output."""
         head, _, rest = self.name.partition(".")
@@ -104,6 +109,23 @@ class HookPoint(nn.Module):
         with _LOCK:
             left = tuple(other for other in self.attachments or () if other is not attachment)
             self.__dict__["attachments"] = left or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no attachments: they leave with a scope, which knows nothing of the copy."""
+        return {**self.__dict__, "attachments": None}
+
+    def _refuse_torch_hook(self, *_: object, **__: object) -> Any:
+        raise HookError(
+            f"torch's own hooks do not run on hook point {self.name!r}",
+            got="register_forward_hook or its kind",
+            expected="a hook that leaves with its scope",
+            fix="use model.hooks([(name, function)]), run_with_hooks or run_with_cache",
+        )
+
+    register_forward_hook = _refuse_torch_hook
+    register_forward_pre_hook = _refuse_torch_hook
+    register_full_backward_hook = _refuse_torch_hook
+    register_full_backward_pre_hook = _refuse_torch_hook
 
     def extra_repr(self) -> str:
         return " ".join(self.axes) + (", on demand" if self.on_demand else "")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Input = str | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 
 
+_ONE_EACH = "one mask entry an id"
+
+
 class Batch(NamedTuple):
     """Ids, and which of them are a row's own tokens (None: all of them)."""
 
@@ -98,17 +101,17 @@ def _from_encoding(encoding: Mapping[str, Any]) -> Batch:
     if "input_ids" not in encoding:
         raise _refused(f"a mapping with {', '.join(encoding) or 'no keys'}", "a tokenizer's encoding with input_ids")
     ids, mask = encoding["input_ids"], encoding.get("attention_mask")
-    if not isinstance(ids, torch.Tensor):
-        nested = bool(len(ids)) and not isinstance(ids[0], int)
-        rows = [list(row) for row in ids] if nested else [list(ids)]
-        kept = [list(row) for row in mask] if nested and mask is not None else [mask or [1] * len(rows[0])]
-        if mask is not None:
-            rows = [[i for i, m in zip(row, own, strict=True) if m] for row, own in zip(rows, kept, strict=True)]
-        return _pad(_rows(rows, None))
-    tokens = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    if isinstance(ids, torch.Tensor):
+        tokens = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        return Batch(tokens) if mask is None else with_mask(tokens, torch.as_tensor(mask))
+    rows = _rows(ids, None)
     if mask is None:
-        return Batch(tokens)
-    return with_mask(tokens, torch.as_tensor(mask))
+        return _pad(rows)
+    kept = _rows(mask, None)
+    if [len(row) for row in kept] != [len(row) for row in rows]:
+        raise _refused(f"a mask of {[len(row) for row in kept]} for ids of {[len(row) for row in rows]}", _ONE_EACH)
+    own = [[i for i, m in zip(row, keep, strict=True) if m] for row, keep in zip(rows, kept, strict=True)]
+    return _pad(_rows(own, None))
 
 
 def with_mask(tokens: Tensor, mask: Tensor) -> Batch:
@@ -119,7 +122,7 @@ def with_mask(tokens: Tensor, mask: Tensor) -> Batch:
     """
     mask = (mask.unsqueeze(0) if mask.dim() == 1 else mask).bool()
     if mask.shape != tokens.shape:
-        raise _refused(f"a mask {tuple(mask.shape)} for ids {tuple(tokens.shape)}", "one mask entry an id")
+        raise _refused(f"a mask {tuple(mask.shape)} for ids {tuple(tokens.shape)}", _ONE_EACH)
     if torch.compiler.is_compiling():
         return Batch(tokens, mask)
     if not mask.any(1).all():

@@ -121,7 +121,7 @@ class WeightTable:
         unknown = sorted(present - {name for placement in found for name in placement.on_disk})
         if missing:
             raise MissingTensorError(
-                f"{where}: {len(missing)} tensors are missing",
+                f"{where}: {_count(missing)} missing",
                 got=f"{len(present)} tensors, without {_some(missing)}"
                 + (f"; it has {_some(unknown)}, which nothing reads" if unknown else ""),
                 expected="every tensor that the config calls for",
@@ -129,7 +129,7 @@ class WeightTable:
             )
         if unknown:
             raise UnknownTensorError(
-                f"{where}: {len(unknown)} tensors that nothing reads",
+                f"{where}: {_count(unknown)} that nothing reads",
                 got=_some(unknown),
                 expected="only tensors that the architecture has",
                 fix="check that config.json belongs to these weights; adapters and quantised weights do not load",
@@ -142,6 +142,10 @@ class WeightTable:
             if placement.ours:
                 stored = placement.rule.store([parameters[name] for name in placement.ours])
                 yield from zip(placement.on_disk, stored, strict=True)
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def _some(names: Sequence[str]) -> str:

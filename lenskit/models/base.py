@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
+from threading import get_ident
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -120,8 +121,10 @@ class Block(Module):
             return self.ln1(resid)
         return self._read_by_head(resid)
 
-    def _read_by_head(self, resid: Float[Tensor, "batch pos d_model"]) -> HeadInputs:
+    def _read_by_head(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:
         norm = self.ln1
+        if not any(p.used for p in (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)):
+            return norm(resid)  # only another thread's pass asked
         if isinstance(norm, Norm):
             self._refuse_edits(norm)
             norm(resid)  # for those who read the norm's own points
@@ -136,7 +139,7 @@ class Block(Module):
 
     def _refuse_edits(self, norm: Norm) -> None:
         for point in (norm.hook_scale, norm.hook_normalized):
-            if any(attachment.kind == "edit" for attachment in point.attachments or ()):
+            if any(a.kind == "edit" and a.thread == get_ident() for a in point.attachments or ()):
                 raise HookConflictError(
                     f"an edit of {point.name!r} would be without effect",
                     got=f"hooks on {point.name!r} and on this block's per-head inputs at once",

@@ -7,20 +7,36 @@ from typing import Any, Self
 from lenskit.errors import ConfigError, UnsupportedConfigError
 
 # Attributes that change nothing in what the forward pass computes in eval mode: names, tokens, training,
-# other tasks' heads, output formats, kernels.
+# generation, other tasks' heads, output formats, kernels, and what old releases or other tools left behind.
 HARMLESS = frozenset(
     """
     _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
     architectures model_type transformers_version dtype torch_dtype auto_map
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
     attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout initializer_range use_cache
-    id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_dropout
+    id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params classifier_dropout
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    output_attentions output_hidden_states return_dict torchscript chunk_size_feed_forward pruned_heads
-    is_encoder_decoder is_decoder cross_attention_hidden_size tie_encoder_decoder
-    use_bfloat16 gradient_checkpointing pretraining_tp
+    output_attentions output_hidden_states output_past output_scores return_dict return_dict_in_generate torchscript
+    is_decoder cross_attention_hidden_size tie_encoder_decoder chunk_size_feed_forward
+    use_bfloat16 gradient_checkpointing pretraining_tp tf_legacy_loss xla_device
+
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty num_return_sequences
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
+
+    n_ctx n_special predict_special_tokens max_sequence_length is_llama_config
+    unsloth_fixed unsloth_version transformers.js_config _flash_attn_2_enabled
     """.split()  # noqa: SIM905 (a list of words reads better than a list of quotes)
 )
+
+# Attributes that change nothing as long as they have this value, and why another would.
+NEUTRAL: dict[str, tuple[Any, str]] = {
+    "quantization_config": (None, "lenskit computes with plain weights; load a version that is not quantised"),
+    "is_encoder_decoder": (False, "there is no encoder here"),
+    "pruned_heads": ({}, "every layer has all its heads"),
+    "rope_interleaved": (False, "pairs of rotated dimensions are halves apart"),
+}
 
 
 class HFConfig:
@@ -35,6 +51,8 @@ class HFConfig:
         self._seen: set[str] = set()
 
     def __enter__(self) -> Self:
+        for name, (value, why) in NEUTRAL.items():
+            self.refuse_unless(name, value, why)
         return self
 
     def __call__(self, name: str) -> Any:
@@ -54,9 +72,9 @@ class HFConfig:
         return self._hf[name]
 
     def refuse_unless(self, name: str, value: Any, why: str) -> None:
-        """Accept the attribute at `value` (or absent) only, because of `why`."""
+        """Accept the attribute at `value`, None or absent only, because of `why`."""
         self._seen.add(name)
-        if self._hf.get(name, value) != value:
+        if self._hf.get(name) not in (value, None):
             raise UnsupportedConfigError(
                 f"config attribute {name!r} is not supported",
                 got=f"{name}={self._hf[name]!r}",
@@ -71,11 +89,12 @@ class HFConfig:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        unread = sorted(set(self._hf) - self._seen - HARMLESS)
+        # None asks for nothing.
+        unread = sorted(name for name in set(self._hf) - self._seen - HARMLESS if self._hf[name] is not None)
         if error is None and unread:
             raise UnsupportedConfigError(
                 f"config attributes that are not handled: {', '.join(unread)}",
-                got=", ".join(f"{name}={self._hf[name]!r}" for name in unread),
+                got=", ".join(f"{name}={repr(self._hf[name])[:60]}" for name in unread),
                 expected=f"only attributes that lenskit's {self._hf.get('model_type')} reads",
-                fix="if they change nothing in the computation, remove them from config.json",
+                fix="if they change nothing in the computation, remove them; else the family file has to learn them",
             )

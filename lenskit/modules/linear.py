@@ -1,10 +1,13 @@
 """Matrix products: `Linear`, the token embedding, learned positions, and the unembedding."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lenskit.errors import InputError
+from lenskit.errors import InputError, LenskitError
 from lenskit.hooks import HookPoint
 from lenskit.modules.module import Module, empty
 
@@ -67,10 +70,10 @@ class LearnedPositions(Module):
             InputError: the sequence is longer than the learned positions.
         """
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        if n_keys > weight.shape[0]:
+        if n_keys > weight.shape[0] and int(positions.max()) >= weight.shape[0]:  # padding does not count
             raise InputError(
                 "the sequence is longer than the model's context",
-                got=f"{n_keys} tokens",
+                got=f"{int(positions.max()) + 1} tokens",
                 expected=f"at most {weight.shape[0]} (cfg.n_ctx): this model learned one vector a position",
                 fix="shorten the prompt, or ask for fewer new tokens",
             )
@@ -97,6 +100,31 @@ class Unembed(Linear):
         return bias_view(self.bias, self.weight.shape[0], like=self.weight)
 
 
+class AbsentBias(Tensor):
+    """Zeros where a model has no bias. Writing them in place would be lost, so it is an error."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+        if in_place and isinstance(args[0], cls):
+            raise LenskitError(
+                "this model has no such bias",
+                got=f"{name} on zeros that stand for it",
+                expected="reads only: there is nothing to write to",
+                fix="use a model whose config has the bias, or add it to the activation with a hook",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        shares = isinstance(result, Tensor) and any(
+            isinstance(arg, cls) and arg.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+            for arg in args
+        )
+        return result.as_subclass(cls) if shares else result
+
+
 def bias_view(bias: nn.Parameter | None, *shape: int, like: Tensor) -> Tensor:
     """A bias in `shape`; where the model has none, zeros that refuse to be written in place."""
-    return like.new_zeros(()).expand(shape) if bias is None else bias.view(shape)
+    return like.new_zeros(shape).as_subclass(AbsentBias) if bias is None else bias.view(shape)

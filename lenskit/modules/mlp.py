@@ -15,6 +15,15 @@ from lenskit.modules.module import Module
 
 Activation = Callable[[Tensor], Tensor]
 
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return torch.relu(x).square()
+
+
 _GELU_TANH = partial(F.gelu, approximate="tanh")
 
 # Hendrycks and Gimpel 2016, arXiv 1606.08415 (gelu and its approximations); Ramachandran et al. 2017,
@@ -26,9 +35,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": _GELU_TANH,
     "leaky_relu": F.leaky_relu,
     "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,
     "relu": torch.relu,
-    "relu2": lambda x: torch.relu(x).square(),
+    "relu2": _squared_relu,
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,

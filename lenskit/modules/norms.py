@@ -31,19 +31,17 @@ class Norm(Module):
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if self.hook_scale.attachments is None and self.hook_normalized.attachments is None:
             return self.fused(x)
-        normalized, scale = self.normalize(x.to(at_least_float32(x.dtype)))
-        edited = self.hook_scale(scale)
-        if edited is not scale:
-            normalized = normalized * (scale / edited)
-        return self.gain(self.hook_normalized(normalized.to(x.dtype)))
+        centred = self.centre(x.to(at_least_float32(x.dtype)))
+        scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.gain(self.hook_normalized((centred / scale).to(x.dtype)))
 
     @abstractmethod
     def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The whole norm in one kernel, hooks off; any leading axes."""
 
     @abstractmethod
-    def normalize(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
-        """The normalised activation [batch pos d_model] and the scale [batch pos 1] that it was divided by."""
+    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """What is divided by the scale."""
 
     @abstractmethod
     def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -64,9 +62,8 @@ class LayerNorm(Norm):
         parameters = self._parameters
         return torch.layer_norm(x, self.shape, parameters["weight"], parameters["bias"], self.eps)
 
-    def normalize(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
-        normalized, _, inverse = torch.native_layer_norm(x, self.shape, None, None, self.eps)
-        return normalized, inverse.reciprocal()
+    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return x - x.mean(-1, keepdim=True)
 
     def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return torch.addcmul(self.bias, normalized, self.weight)
@@ -78,9 +75,8 @@ class RMSNorm(Norm):
     def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return torch.rms_norm(x, self.shape, self._parameters["weight"], self.eps)
 
-    def normalize(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor]:
-        scale = (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-        return x / scale, scale
+    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return x
 
     def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         return normalized * self.weight
