@@ -70,8 +70,20 @@ class HookPoint(nn.Module):
 
     @property
     def used(self) -> bool:
-        """Whether anything attached would run in this thread."""
-        return any(attachment.thread == get_ident() for attachment in self.attachments or ())
+        """Whether anything attached would run in this thread; while a pass is compiled, in any thread."""
+        return bool(self.here())
+
+    @property
+    def edited(self) -> bool:
+        """Whether any of that is an edit."""
+        return any(attachment.kind == "edit" for attachment in self.here())
+
+    def here(self) -> tuple[Attachment, ...]:
+        """What is attached and runs in this thread."""
+        attachments = self.attachments or ()
+        if torch.compiler.is_compiling():
+            return attachments
+        return tuple(attachment for attachment in attachments if attachment.thread == get_ident())
 
     @property
     def layer(self) -> int | None:
@@ -148,15 +160,13 @@ _uncompiled: Callable[[HookPoint, Tensor], Tensor] | None = None
 
 
 def _apply_attached(point: HookPoint, x: Tensor) -> Tensor:
-    thread = get_ident()
     value = x.transpose(*point.swap) if point.swap else x
-    for attachment in point.attachments or ():
-        if attachment.thread == thread:
-            try:
-                value = _APPLY[attachment.kind](attachment.function, value, point)
-            except Exception as error:
-                error.add_note(f"in a hook on {point.name!r}, whose activation is {_describe(value)}")
-                raise
+    for attachment in point.here():
+        try:
+            value = _APPLY[attachment.kind](attachment.function, value, point)
+        except Exception as error:
+            error.add_note(f"in a hook on {point.name!r}, whose activation is {_describe(value)}")
+            raise
     return value.transpose(*point.swap) if point.swap else value
 
 

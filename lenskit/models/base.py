@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
-from threading import get_ident
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -139,7 +138,7 @@ class Block(Module):
 
     def _refuse_edits(self, norm: Norm) -> None:
         for point in (norm.hook_scale, norm.hook_normalized):
-            if any(a.kind == "edit" and a.thread == get_ident() for a in point.attachments or ()):
+            if point.edited:
                 raise HookConflictError(
                     f"an edit of {point.name!r} would be without effect",
                     got=f"hooks on {point.name!r} and on this block's per-head inputs at once",

@@ -1,0 +1,105 @@
+"""The command `lenskit`: argument parsing only."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lenskit import demo as demonstration
+from lenskit.checkpoints import write
+from lenskit.checkpoints.load import describe
+from lenskit.checkpoints.source import embedded_names, find
+from lenskit.errors import LenskitError
+from lenskit.models.registry import MODULES, family
+from lenskit.version import __version__
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    help="Transformers rewritten to be read, with every activation a named hook point.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they print local variables, and a hub token is one
+)
+
+
+def told_plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, but what goes wrong is a message and an exit status; only our own bugs are tracebacks."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # whoever read our output has gone: typer's affair
+        except (LenskitError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from interrupt
+
+    return wrapped
+
+
+Source = Annotated[str, typer.Argument(help="An embedded name, a folder, or a Hugging Face hub id.")]
+Dest = Annotated[Path, typer.Argument(help="A folder that is not there yet, or is empty.")]
+Revision = Annotated[str | None, typer.Option(help="The hub's branch, tag or commit.")]
+Token = Annotated[
+    str | None, typer.Option(help="For private or gated repositories; HF_TOKEN in the environment is read too.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lenskit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What the command takes before a subcommand."""
+
+
+@app.command()
+@told_plainly
+def demo(out: Annotated[Path, typer.Option(help="The page's file.")] = demonstration.PAGE) -> None:
+    """Look inside a small model that ships with lenskit; writes a page with pictures, too."""
+    demonstration.run(out)
+
+
+@app.command()
+@told_plainly
+def convert(source: Source, dest: Dest, revision: Revision = None, token: Token = None) -> None:
+    """Write a checkpoint in lenskit's own format, which loads by memory map."""
+    typer.echo(f"wrote {write.convert(source, dest, revision=revision, token=token)}")
+
+
+@app.command()
+@told_plainly
+def export(source: Source, dest: Dest, revision: Revision = None, token: Token = None) -> None:
+    """Write a checkpoint in Hugging Face's format."""
+    typer.echo(f"wrote {write.export(source, dest, revision=revision, token=token)}")
+
+
+@app.command()
+@told_plainly
+def models() -> None:
+    """List the architecture families, and the checkpoints that ship with lenskit."""
+    families = Table("family", "Hugging Face's class", box=None, header_style="dim", title_justify="left")
+    for model_type in sorted(MODULES):
+        families.add_row(model_type, family(model_type, where="the registry").hf_class)
+    embedded = Table("embedded checkpoint", "family", "layers", "heads", "d_model", box=None, header_style="dim")
+    for name in embedded_names():
+        cfg = describe(find(name)).cfg
+        embedded.add_row(name, cfg.model_type, str(cfg.n_layers), str(cfg.n_heads), str(cfg.d_model))
+    console = Console()
+    console.print(families, "", embedded)

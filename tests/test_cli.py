@@ -1,0 +1,212 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import lenskit as lk
+from lenskit import cli, demo
+from lenskit.checkpoints import write
+from lenskit.checkpoints.source import embedded_names
+from lenskit.models.registry import MODULES
+
+ROOT = Path(__file__).parent.parent
+
+
+def lenskit(*args: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args], prog_name="lenskit")
+
+
+def ids() -> torch.Tensor:
+    return torch.arange(12).unsqueeze(0)
+
+
+# -- what works
+
+
+def test_version() -> None:
+    result = lenskit("--version")
+    assert (result.exit_code, result.stdout) == (0, f"lenskit {lk.__version__}\n")
+
+
+def test_models_lists_the_families_and_the_embedded_checkpoints() -> None:
+    result = lenskit("models")
+    assert result.exit_code == 0
+    assert set(embedded_names()) | set(MODULES) <= set(result.stdout.split())
+
+
+def test_help_names_every_command() -> None:
+    result = lenskit("--help")
+    assert result.exit_code == 0
+    assert {"demo", "convert", "export", "models"} <= set(result.stdout.split())
+
+
+def test_a_converted_checkpoint_is_the_same_model(tmp_path: Path, demo_llama: lk.HookedTransformer) -> None:
+    result = lenskit("convert", "demo-llama", tmp_path / "ours")
+    assert result.exit_code == 0
+    assert str(tmp_path / "ours") in result.stdout.replace("\n", "")
+    assert torch.equal(lk.HookedTransformer.from_pretrained(tmp_path / "ours")(ids()), demo_llama(ids()))
+
+
+def test_an_exported_checkpoint_is_hugging_faces(tmp_path: Path, demo_gpt2: lk.HookedTransformer) -> None:
+    lenskit("convert", "demo-gpt2", tmp_path / "ours")
+    assert lenskit("export", tmp_path / "ours", tmp_path / "theirs").exit_code == 0
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "gpt2"
+    assert torch.equal(lk.HookedTransformer.from_pretrained(tmp_path / "theirs")(ids()), demo_gpt2(ids()))
+
+
+def test_revision_and_token_go_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(write, "convert", lambda source, dest, **how: asked.append((source, dest, how)) or dest)
+    lenskit("convert", "owner/name", tmp_path / "ours", "--revision", "main", "--token", "secret")
+    assert asked == [("owner/name", tmp_path / "ours", {"revision": "main", "token": "secret"})]
+
+
+def test_the_demo_writes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(demo, "run", written.append)
+    assert lenskit("demo").exit_code == 0
+    assert lenskit("demo", "--out", tmp_path / "page.html").exit_code == 0
+    assert written == [Path("lenskit-demo.html"), tmp_path / "page.html"]
+
+
+# -- what goes wrong
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_an_error_is_its_message_and_exit_status_1(tmp_path: Path, command: str) -> None:
+    result = lenskit(command, "./nowhere", tmp_path / "ours")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no checkpoint at './nowhere'\n  got: ")
+    assert "expected:" in result.stderr
+    assert "to do:" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_destination_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "thesis.tex").write_text("years of work")
+    result = lenskit("convert", "demo-gpt2", tmp_path / "ours")
+    assert result.exit_code == 1
+    assert "thesis.tex" in result.stderr
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["thesis.tex"]
+
+
+def test_what_the_system_refuses_is_a_message_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = lenskit("convert", "demo-gpt2", tmp_path / "file" / "ours")
+    assert result.exit_code == 1
+    assert "file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_our_own_bugs_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*args: object, **kwargs: object) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(write, "convert", bug)
+    assert isinstance(lenskit("convert", "demo-gpt2", tmp_path / "ours").exception, AssertionError)
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_an_interrupted_conversion_exits_130_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def interrupted(tensors: object, path: Path, **kwargs: object) -> None:
+        path.write_bytes(b"half a tensor")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "save_file", interrupted)
+    result = lenskit(command, "demo-gpt2", tmp_path / "ours")
+    assert result.exit_code == 130
+    assert result.stderr.endswith("interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_conversion_leaves_an_empty_destination_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "ours").mkdir()
+    monkeypatch.setattr(write, "save_file", fails)
+    result = lenskit("convert", "demo-gpt2", tmp_path / "ours")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert not list((tmp_path / "ours").iterdir())
+
+
+# -- in processes of their own
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+
+
+def test_python_m_lenskit_is_the_command(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "lenskit", "convert", "./nowhere", "ours"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: no checkpoint at './nowhere'")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_script_converts(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "demo-gpt2", "ours"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "wrote ours\n"
+    assert (tmp_path / "ours" / "lenskit.json").is_file()
+
+
+SLOW_WRITER = """
+import time
+from lenskit import cli
+from lenskit.checkpoints import write
+
+def slow(tensors, path, **kwargs):
+    path.write_bytes(b"half a tensor")
+    print("writing", flush=True)
+    time.sleep(60)
+
+write.save_file = slow
+cli.app(["convert", "demo-gpt2", "ours"])
+"""
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_WRITER],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "writing\n"
+        assert list(tmp_path.iterdir())  # the half-written folder
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert told.endswith("interrupted\n")
+    assert "Traceback" not in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_importing_lenskit_brings_no_command_line(environment: dict[str, str]) -> None:
+    check = "import sys, lenskit; print(sorted({'typer', 'rich', 'plotly'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
