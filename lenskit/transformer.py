@@ -263,6 +263,6 @@ class HookedTransformer(WeightAccess, Decoder):
                     expected=f"a tensor [batch pos {self.cfg.d_model}], as cache['resid_pre', layer] is",
                     fix="pass the stream that enters that layer, or leave start_at_layer out",
                 )
-            return Batch(input, None if mask is None else with_mask(input[..., 0], mask).mask)
+            return Batch(input, None if mask is None else with_mask(input[..., 0], mask.to(input.device)).mask)
         batch = self.to_tokens(input)
         return batch if mask is None else with_mask(batch.tokens, mask.to(batch.tokens.device))
