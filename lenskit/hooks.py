@@ -6,7 +6,7 @@ business of scopes (`interventions/scope.py`), never of the model.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Lock, get_ident
 from typing import Any, Literal
@@ -74,16 +74,17 @@ class HookPoint(nn.Module):
         return bool(self.here())
 
     @property
-    def edited(self) -> bool:
-        """Whether any of that is an edit."""
-        return any(attachment.kind == "edit" for attachment in self.here())
+    def only_read(self) -> bool:
+        """Whether nothing that runs in this thread edits the activation or its gradient."""
+        return all(attachment.kind == "read" for attachment in self.here())
 
     def here(self) -> tuple[Attachment, ...]:
         """What is attached and runs in this thread."""
         attachments = self.attachments or ()
         if torch.compiler.is_compiling():
             return attachments
-        return tuple(attachment for attachment in attachments if attachment.thread == get_ident())
+        thread = get_ident()
+        return tuple([attachment for attachment in attachments if attachment.thread == thread])
 
     @property
     def layer(self) -> int | None:
@@ -111,17 +112,6 @@ class HookPoint(nn.Module):
         sizes = {**self.sizes, **input_sizes}
         return tuple(sizes[axis] for axis in self.axes)
 
-    def attach(self, attachment: Attachment) -> None:
-        """Put a function on the point, after those that are there."""
-        with _LOCK:  # straight into __dict__: torch's __setattr__ looks for parameters first, which takes 2 us
-            self.__dict__["attachments"] = (*(self.attachments or ()), attachment)
-
-    def detach(self, attachment: Attachment) -> None:
-        """Take that one off, whatever else has come or gone; nothing happens if it is not there."""
-        with _LOCK:
-            left = tuple(other for other in self.attachments or () if other is not attachment)
-            self.__dict__["attachments"] = left or None
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no attachments: they leave with a scope, which knows nothing of the copy."""
         return {**self.__dict__, "attachments": None}
@@ -141,6 +131,23 @@ class HookPoint(nn.Module):
 
     def extra_repr(self) -> str:
         return " ".join(self.axes) + (", on demand" if self.on_demand else "")
+
+
+def attach(attachments: Iterable[tuple[HookPoint, Attachment]]) -> None:
+    """Put functions on points, each after those that are there."""
+    with _LOCK:
+        for point, attachment in attachments:
+            there = point.attachments
+            # Straight into __dict__: torch's __setattr__ looks for parameters first, which takes 2 us.
+            point.__dict__["attachments"] = (attachment,) if there is None else (*there, attachment)
+
+
+def detach(attachments: Iterable[tuple[HookPoint, Attachment]]) -> None:
+    """Take these off, whatever else has come or gone; what is not there does not matter."""
+    with _LOCK:
+        for point, attachment in attachments:
+            left = tuple(other for other in point.attachments or () if other is not attachment)
+            point.__dict__["attachments"] = left or None
 
 
 def _run(point: HookPoint, x: Tensor) -> Tensor:

@@ -5,24 +5,20 @@ from contextlib import contextmanager
 from threading import get_ident
 
 from lenskit.errors import HookError
-from lenskit.hooks import Attachment, HookFunction, HookPoint, Kind
+from lenskit.hooks import Attachment, HookFunction, HookPoint, Kind, attach, detach
 from lenskit.interventions.sites import Site, resolve
 
 Hook = tuple[Site, HookFunction]
 
 
 @contextmanager
-def attached(attachments: Iterable[tuple[HookPoint, Attachment]]) -> Iterator[None]:
+def attached(attachments: Sequence[tuple[HookPoint, Attachment]]) -> Iterator[None]:
     """Functions on points, in order, for the length of the block; only these leave at its end, however it ends."""
-    done: list[tuple[HookPoint, Attachment]] = []
     try:
-        for point, attachment in attachments:
-            done.append((point, attachment))
-            point.attach(attachment)
+        attach(attachments)
         yield
     finally:
-        for point, attachment in done:
-            point.detach(attachment)
+        detach(attachments)
 
 
 def on_points(points: Iterable[HookPoint], function: HookFunction, kind: Kind) -> list[tuple[HookPoint, Attachment]]:

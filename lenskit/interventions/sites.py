@@ -2,8 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from lenskit.errors import UnknownHookPointError
 from lenskit.hooks import HookPoint
@@ -26,7 +27,7 @@ def resolve(site: Site, points: Mapping[str, HookPoint]) -> list[HookPoint]:
     return [point for name, point in points.items() if name in names]
 
 
-def _matches(site: Site, points: Mapping[str, HookPoint]) -> set[str]:
+def _matches(site: Site, points: Mapping[str, HookPoint]) -> Set[str]:
     if isinstance(site, str):
         if site in points:
             return {site}
@@ -34,13 +35,18 @@ def _matches(site: Site, points: Mapping[str, HookPoint]) -> set[str]:
         if pattern in points:
             return {pattern}
         if any(sign in pattern for sign in "*?["):
-            return {n for n in points if fnmatchcase(n, pattern)} or _no_match(repr(site), points, near=site)
+            return _glob(pattern, tuple(points)) or _no_match(repr(site), points, near=site)
         return _no_match(repr(site), points, near=site)
     if callable(site):
         return {name for name in points if site(name)} or _no_match(f"predicate {_name(site)}", points)
     if isinstance(site, Iterable):
-        return set().union(*(_matches(entry, points) for entry in site)) or _no_match("an empty list", points)
+        return {name for entry in site for name in _matches(entry, points)} or _no_match("an empty list", points)
     return _no_match(f"{site!r} (a {type(site).__name__})", points)
+
+
+@lru_cache(maxsize=256)  # a script asks the same of every prompt
+def _glob(pattern: str, names: tuple[str, ...]) -> Set[str]:
+    return frozenset(name for name in names if fnmatchcase(name, pattern))
 
 
 def _count_layers(name: str, points: Mapping[str, HookPoint]) -> str:
@@ -53,7 +59,7 @@ def _count_layers(name: str, points: Mapping[str, HookPoint]) -> str:
     return f"blocks.{layer}.{found[2]}" if layer >= 0 else name
 
 
-def _no_match(what: str, points: Mapping[str, HookPoint], near: str | None = None) -> set[str]:
+def _no_match(what: str, points: Mapping[str, HookPoint], near: str | None = None) -> Set[str]:
     close = difflib.get_close_matches(near, points, n=3, cutoff=0.6) if near else []
     last = list(points)[-1] if points else "none"
     raise UnknownHookPointError(

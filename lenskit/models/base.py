@@ -125,7 +125,7 @@ class Block(Module):
         if not any(p.used for p in (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)):
             return norm(resid)  # only another thread's pass asked
         if isinstance(norm, Norm):
-            self._refuse_edits(norm)
+            self._refuse_hooks_on(norm)
             norm(resid)  # for those who read the norm's own points
             norm = norm.fused  # type: ignore[assignment]
         group, groups = self.attn.group, self.hook_attn_in.sizes["head"]
@@ -136,11 +136,11 @@ class Block(Module):
             norm(self.hook_v_input(attn_in)),
         )
 
-    def _refuse_edits(self, norm: Norm) -> None:
+    def _refuse_hooks_on(self, norm: Norm) -> None:
         for point in (norm.hook_scale, norm.hook_normalized):
-            if point.edited:
+            if not point.only_read:
                 raise HookConflictError(
-                    f"an edit of {point.name!r} would be without effect",
+                    f"a hook on {point.name!r} would be without effect",
                     got=f"hooks on {point.name!r} and on this block's per-head inputs at once",
                     expected="one or the other: each head's input is normalised on its own",
                     fix="edit hook_q_input, hook_k_input or hook_v_input instead of the norm",

@@ -17,6 +17,22 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+# Whether anybody ever registered one of torch's own hooks on a `Module`: one look, where torch takes eight a call.
+_torch_hooks_are_used = False
+
+
+def _notice() -> None:
+    global _torch_hooks_are_used
+    _torch_hooks_are_used = True
+
+
+def _noticed(name: str) -> Any:
+    def register(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _notice()
+        return getattr(nn.Module, name)(self, *args, **kwargs)
+
+    return register
+
 
 class Module(nn.Module):
     """An `nn.Module` whose submodules are plain attributes and whose call is a plain call.
@@ -37,10 +53,7 @@ class Module(nn.Module):
 
     def __call__(self, *args: Any) -> Any:
         if (
-            self._forward_hooks
-            or self._forward_pre_hooks
-            or self._backward_hooks
-            or self._backward_pre_hooks
+            _torch_hooks_are_used
             or _global_forward_hooks
             or _global_forward_pre_hooks
             or _global_backward_hooks
@@ -48,6 +61,16 @@ class Module(nn.Module):
         ):
             return super().__call__(*args)
         return self.forward(*args)
+
+    register_forward_hook = _noticed("register_forward_hook")
+    register_forward_pre_hook = _noticed("register_forward_pre_hook")
+    register_full_backward_hook = _noticed("register_full_backward_hook")
+    register_full_backward_pre_hook = _noticed("register_full_backward_pre_hook")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            _notice()
 
     forward: Callable[..., Any]
 
