@@ -107,11 +107,17 @@ def _from_encoding(encoding: Mapping[str, Any]) -> Batch:
     rows = _rows(ids, None)
     if mask is None:
         return _pad(rows)
-    kept = _rows(mask, None)
+    kept = _rows(_as_numbers(mask), None)
     if [len(row) for row in kept] != [len(row) for row in rows]:
         raise _refused(f"a mask of {[len(row) for row in kept]} for ids of {[len(row) for row in rows]}", _ONE_EACH)
     own = [[i for i, m in zip(row, keep, strict=True) if m] for row, keep in zip(rows, kept, strict=True)]
     return _pad(_rows(own, None))
+
+
+def _as_numbers(mask: Any) -> list[Any]:
+    """A mask as (nested) lists of 0 and 1, whatever its entries are."""
+    mask = mask.tolist() if isinstance(mask, torch.Tensor) else mask
+    return [[int(bool(m)) for m in row] if isinstance(row, Sequence) else int(bool(row)) for row in mask]
 
 
 def with_mask(tokens: Tensor, mask: Tensor) -> Batch:

@@ -1,6 +1,7 @@
 """Rotary embeddings against transformers' own, and the properties that make them what they are."""
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -429,11 +430,12 @@ class Compiled(torch.nn.Module):
         ("longrope", False, "eager"),
     ],
 )
-@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.usefixtures("new_import")
 def test_compiles_without_graph_breaks(name: str, interleaved: bool, backend: str) -> None:
     torch._dynamo.reset()
-    rotary._cached.cache_clear()
-    model = Compiled(build(PARAMETERS[name], interleaved=interleaved))
+    unchecked = importlib.import_module("lenskit.modules.rotary")
+    config = unchecked.RopeConfig.from_hf(PARAMETERS[name], n_ctx=N_CTX)
+    model = Compiled(unchecked.Rotary(config, d_head=D_HEAD, n_ctx=N_CTX, interleaved=interleaved))
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for seq_len in (5, 6, N_CTX, N_CTX + 1, N_CTX + 2):  # from the second on, lengths are symbolic
         positions = torch.arange(seq_len)[None]

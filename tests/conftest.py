@@ -1,0 +1,117 @@
+"""What all tests share: no network, one thread, reproducible properties, shapes checked, and small models."""
+
+# ruff: noqa: E402 (some of it has to happen before the imports)
+
+import importlib
+import os
+import sys
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any, get_args
+
+import jaxtyping
+import pytest
+from beartype import beartype
+from hypothesis import HealthCheck, settings
+
+
+def _names_a_shape(hint: Any) -> bool:
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    return any(_names_a_shape(part) for part in get_args(hint))
+
+
+def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype, on the annotations that name shapes: the others are mypy's, and a user's wrong type has to meet
+    lenskit's own message, not beartype's."""
+    function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if _names_a_shape(hint)}
+    return beartype(function) if function.__annotations__ else function
+
+
+# Before lenskit is first imported: every function of it that says shapes is held to them, in the tests only.
+install_checks = partial(jaxtyping.install_import_hook, "lenskit", f"{__name__}.check_shapes")
+checks = install_checks()
+
+import torch
+from parity_table import MODEL_TYPES, Row, from_hf, perturb
+from transformers.utils import logging
+
+import lenskit as lk
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "lenskit", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lenskit")
+
+
+@pytest.fixture(scope="session")
+def demo_gpt2() -> lk.HookedTransformer:
+    """The embedded GPT-2, trained, with a tokenizer. Read only: all tests share it."""
+    return lk.HookedTransformer.from_pretrained("demo-gpt2")
+
+
+@pytest.fixture(scope="session")
+def demo_llama() -> lk.HookedTransformer:
+    """The embedded LLaMA, trained, with grouped queries and a tokenizer. Read only: all tests share it."""
+    return lk.HookedTransformer.from_pretrained("demo-llama")
+
+
+@pytest.fixture(scope="session", params=MODEL_TYPES)
+def model_type(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., lk.HookedTransformer]:
+    """`tiny("llama", head_dim=5)`: a fresh model of three layers whose every weight, gain and bias is random.
+
+    Keyword arguments are attributes of Hugging Face's config.
+    """
+
+    def make(model_type: str, *, seed: int = 0, **attributes: Any) -> lk.HookedTransformer:
+        model = lk.HookedTransformer(from_hf(Row("tiny", model_type, attributes)), seed=None)
+        perturb(model, seed)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared(model_type: str, tiny: Callable[..., lk.HookedTransformer]) -> lk.HookedTransformer:
+    """A tiny model of each family in turn. Read only: all tests share it."""
+    return tiny(model_type)
+
+
+@pytest.fixture
+def fresh(model_type: str, tiny: Callable[..., lk.HookedTransformer]) -> lk.HookedTransformer:
+    """A tiny model of each family in turn, of the test's own."""
+    return tiny(model_type)
+
+
+def _take_lenskit() -> dict[str, ModuleType]:
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "lenskit"}
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[ModuleType]:
+    """lenskit as users have it: imported a second time, without the checks of shapes.
+
+    For torch.compile, which would trace the checks. The two have different classes; do not mix them.
+    """
+    global checks
+    checked = _take_lenskit()
+    checks.uninstall()
+    yield importlib.import_module("lenskit")
+    _take_lenskit()
+    sys.modules.update(checked)
+    checks = install_checks()

@@ -1,0 +1,172 @@
+"""The one table of architectures and their variants that parity is tested over, and what is needed to build them.
+
+A new family is one entry in `TINY` and its rows in `ROWS`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lenskit.checkpoints.load import complete
+from lenskit.models.base import DecoderConfig
+from lenskit.models.registry import family
+
+# Hugging Face's config of a small model, by its `model_type`.
+TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40},
+    "llama": {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 44, "vocab_size": 59, "max_position_embeddings": 40,
+    },
+}  # fmt: skip
+MODEL_TYPES = tuple(TINY)
+
+LENGTH = 24  # tokens a row: more than the original context of the scaled rope types below
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant: Hugging Face's attributes where they differ from the family's tiny model.
+
+    lengths: sequence lengths, in tokens, at which the variant computes differently.
+    """
+
+    name: str
+    model_type: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] = (LENGTH,)
+
+    @property
+    def hf(self) -> dict[str, Any]:
+        """What goes into Hugging Face's config class."""
+        # A token that ends or pads would be one among 59: none has a meaning here.
+        no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        return {"model_type": self.model_type, **TINY[self.model_type], **no_tokens, **self.attributes}
+
+    @property
+    def length_matters(self) -> bool:
+        """Whether a sequence's length changes what its first tokens compute."""
+        return self.attributes.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope")
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.name}"
+
+
+def rope(rope_type: str, *, theta: float = 100.0, **scaling: Any) -> dict[str, Any]:
+    """The attribute; theta so small that most pairs turn within a tiny context."""
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **scaling}}
+
+
+ORIGINAL = 10  # tokens: the context before it was made longer
+BOTH_SIDES = (ORIGINAL, ORIGINAL + 1, LENGTH)
+DIVISORS = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [2.0, 3.0, 5.5, 8.0]}
+
+ROWS = [
+    Row("default", "gpt2"),
+    Row("mlp width", "gpt2", {"n_inner": 50}),
+    Row("exact gelu", "gpt2", {"activation_function": "gelu"}),
+    Row("relu", "gpt2", {"activation_function": "relu"}),
+    Row("silu", "gpt2", {"activation_function": "silu"}),
+    Row("quick gelu", "gpt2", {"activation_function": "quick_gelu"}),
+    Row("unscaled scores", "gpt2", {"scale_attn_weights": False}),
+    Row("scaled by layer", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    Row("scaled by layer only", "gpt2", {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    Row("upcast scores", "gpt2", {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}),
+    Row("untied", "gpt2", {"tie_word_embeddings": False}),
+    Row("odd heads", "gpt2", {"n_embd": 21}),
+    Row("one head", "gpt2", {"n_head": 1}),
+    Row("one layer", "gpt2", {"n_layer": 1}),
+    Row("large eps", "gpt2", {"layer_norm_epsilon": 0.3}),
+    Row("full context", "gpt2", {"n_positions": LENGTH}),
+    Row("default", "llama"),
+    Row("multi-head", "llama", {"num_key_value_heads": 4}),
+    Row("multi-query", "llama", {"num_key_value_heads": 1}),
+    Row("groups of three", "llama", {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2}),
+    Row("attention bias", "llama", {"attention_bias": True}),
+    Row("mlp bias", "llama", {"mlp_bias": True}),
+    Row("all biases", "llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    Row("tied", "llama", {"tie_word_embeddings": True}),
+    Row("wide heads", "llama", {"head_dim": 14}),
+    Row("narrow heads", "llama", {"head_dim": 2}),
+    Row("gelu", "llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    Row("relu", "llama", {"hidden_act": "relu"}),
+    Row("large eps", "llama", {"rms_norm_eps": 0.3}),
+    Row("large theta", "llama", rope("default", theta=500_000.0)),
+    Row("past the context", "llama", {"max_position_embeddings": ORIGINAL}),
+    Row("rope linear", "llama", rope("linear", factor=4.0)),
+    Row("rope dynamic", "llama", {"max_position_embeddings": ORIGINAL, **rope("dynamic", factor=3.0)}, BOTH_SIDES),
+    Row("rope yarn", "llama", rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL), BOTH_SIDES),
+    Row(
+        "rope yarn, amplitude", "llama",
+        rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, attention_factor=0.7),
+    ),
+    Row(
+        "rope yarn, betas", "llama",
+        rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=1.2, beta_slow=0.1,
+             mscale=0.7, mscale_all_dim=1.5, truncate=False),
+    ),
+    Row(
+        "rope longrope", "llama",
+        rope("longrope", original_max_position_embeddings=ORIGINAL, factor=4.0, **DIVISORS), BOTH_SIDES,
+    ),
+    Row(
+        "rope longrope, amplitude", "llama",
+        rope("longrope", original_max_position_embeddings=ORIGINAL, factor=4.0, attention_factor=1.3, **DIVISORS),
+    ),
+    Row(
+        "rope llama3", "llama",
+        rope("llama3", factor=8.0, original_max_position_embeddings=ORIGINAL, low_freq_factor=0.1,
+             high_freq_factor=1.0), BOTH_SIDES,
+    ),
+]  # fmt: skip
+
+
+def from_hf(row: Row) -> DecoderConfig:
+    """The variant's config, as lenskit's."""
+    return family(row.model_type, where=str(row)).config.from_hf(complete(row.hf, where=str(row)))
+
+
+def perturb(model: nn.Module, seed: int) -> None:
+    """Make every weight, gain and bias of a model random, in place.
+
+    Fresh models have gains of one and biases of zero, where a mistake would not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(0.25 * noise)
+            else:
+                parameter.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise)
+
+
+def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:
+    """Write the variant as a Hugging Face checkpoint with random weights."""
+    attributes = {name: value for name, value in row.hf.items() if name != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **attributes))
+    perturb(model, seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def hf_model(folder: Path, *, attention: str = "eager", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Hugging Face's model of a folder. With "eager" it can return attention patterns."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
+    return model.eval()
+
+
+def ids(rows: int, length: int, *, seed: int = 0) -> Tensor:
+    """Random ids [rows length] of the tiny models' vocabulary."""
+    return torch.randint(59, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest of `theirs`."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).abs().max() / theirs.abs().max())

@@ -1,0 +1,363 @@
+"""Every variant in the table against Hugging Face's own implementation, and the identities its activations obey."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from parity_table import LENGTH, ROWS, TINY, Row, error, from_hf, hf_folder, hf_model, ids
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+import lenskit as lk
+from lenskit.checkpoints.load import complete
+from lenskit.models.registry import MODULES, family
+from lenskit.modules.mlp import ACTIVATIONS
+from lenskit.modules.norms import Norm
+
+CLOSE = 1e-5  # relative to the largest value
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same weights twice."""
+
+    row: Row
+    folder: Path
+    hf: PreTrainedModel  # with eager attention
+    model: lk.HookedTransformer
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=str)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = hf_folder(request.param, tmp_path_factory.mktemp("hf"))
+    return Pair(request.param, folder, hf_model(folder), lk.HookedTransformer.from_pretrained(folder))
+
+
+def run_hf(hf: PreTrainedModel, tokens: Tensor, **inputs: object) -> object:
+    """Hugging Face's output for these tokens alone.
+
+    Its rotary embedding remembers the longest sequence that it has seen, until it sees one that is short.
+    """
+    hf(tokens[:, :1])
+    return hf(tokens, use_cache=False, **inputs)
+
+
+def gained(norm: nn.Module, cache: lk.ActivationCache, name: str) -> Tensor:
+    """`hook_normalized * weight (+ bias)`."""
+    return cache[f"{name}.hook_normalized"] * norm.weight + dict(norm.named_parameters()).get("bias", 0.0)
+
+
+# -- the same numbers
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_logits_equal_hugging_faces(pair: Pair, attention: str) -> None:
+    hf = pair.hf if attention == "eager" else hf_model(pair.folder, attention="sdpa")
+    for length in pair.row.lengths:
+        tokens = ids(3, length)
+        assert error(pair.model(tokens), run_hf(hf, tokens).logits) < CLOSE, f"{length} tokens"
+
+
+@torch.no_grad()
+def test_one_token_is_a_sequence(pair: Pair) -> None:
+    assert error(pair.model(ids(2, 1)), pair.hf(ids(2, 1)).logits) < CLOSE
+
+
+@torch.no_grad()
+def test_length_leaves_nothing_behind(pair: Pair) -> None:
+    long, short = ids(1, LENGTH), ids(1, LENGTH // 3, seed=1)
+    alone = pair.model(short)
+    pair.model(long)
+    assert torch.equal(pair.model(short), alone)
+
+
+@torch.no_grad()
+def test_the_stream_equals_hugging_faces_hidden_states(pair: Pair) -> None:
+    tokens, last = ids(2, LENGTH), []
+    blocks = pair.hf.transformer.h if pair.row.model_type == "gpt2" else pair.hf.model.layers
+    handle = blocks[-1].register_forward_hook(
+        lambda module, inputs, output: last.append(output[0] if isinstance(output, tuple) else output)
+    )
+    hidden = run_hf(pair.hf, tokens, output_hidden_states=True).hidden_states
+    handle.remove()
+    _, cache = pair.model.run_with_cache(tokens)
+    for layer in range(pair.model.cfg.n_layers):
+        assert error(cache["resid_pre", layer], hidden[layer]) < CLOSE
+    for layer in range(pair.model.cfg.n_layers - 1):
+        assert error(cache["resid_post", layer], hidden[layer + 1]) < CLOSE
+    assert error(cache["resid_post", -1], last[-1]) < CLOSE
+    assert error(gained(pair.model.ln_final, cache, "ln_final"), hidden[-1]) < CLOSE
+
+
+@torch.no_grad()
+def test_the_pattern_equals_hugging_faces_attentions(pair: Pair) -> None:
+    tokens = ids(2, LENGTH)
+    attentions = run_hf(pair.hf, tokens, output_attentions=True).attentions
+    _, cache = pair.model.run_with_cache(tokens, "*.hook_pattern")
+    for layer, pattern in enumerate(attentions):
+        assert error(cache["pattern", layer], pattern) < CLOSE
+
+
+def test_gradients_equal_hugging_faces(pair: Pair) -> None:
+    tokens = ids(2, LENGTH)
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+    pair.hf.zero_grad()
+    loss(run_hf(pair.hf, tokens).logits).backward()
+    theirs = {name: parameter.grad for name, parameter in pair.hf.named_parameters()}
+
+    pair.model.zero_grad()
+    loss(pair.model(tokens)).backward()
+    gradients = {name: p.grad for name, p in pair.model.named_parameters(remove_duplicate=False)}
+    table = family(pair.row.model_type, where="the row").weights(pair.model.cfg)
+    ours = dict(table.to_disk(gradients))
+
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert error(ours[name], gradient) < 2e-5, name
+
+
+@torch.no_grad()
+def test_left_padded_batches_equal_hugging_faces(pair: Pair) -> None:
+    """It has to be told the positions."""
+    if pair.row.length_matters:
+        pytest.skip("Hugging Face scales every row by the longest one's length")
+    tokens, mask = ids(3, LENGTH), torch.ones(3, LENGTH, dtype=torch.long)
+    mask[0, :5], mask[1, :17] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    theirs = run_hf(pair.hf, tokens, attention_mask=mask, position_ids=positions).logits
+    assert error(pair.model(tokens, mask)[mask.bool()], theirs[mask.bool()]) < CLOSE
+
+
+# -- identities
+
+
+@torch.no_grad()
+def test_the_stream_is_the_sum_of_what_was_written_to_it(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH))
+    start = cache["embed"] + cache.get("pos_embed", 0.0)
+    assert torch.equal(cache["resid_pre", 0], start)
+    for layer in range(pair.model.cfg.n_layers):
+        assert torch.equal(cache["resid_pre", layer] + cache["attn_out", layer], cache["resid_mid", layer])
+        assert torch.equal(cache["resid_mid", layer] + cache["mlp_out", layer], cache["resid_post", layer])
+        if layer:
+            assert torch.equal(cache["resid_pre", layer], cache["resid_post", layer - 1])
+
+
+@torch.no_grad()
+def test_sublayers_read_the_normalised_stream_with_its_gain(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH))
+    for layer, block in enumerate(pair.model.blocks):
+        q, k, v = block.attn.qkv(gained(block.ln1, cache, f"blocks.{layer}.ln1"))
+        for short, by_head in (("q", q), ("k", k), ("v", v)):
+            assert error(cache[short, layer], by_head.transpose(1, 2)) < CLOSE
+        assert error(cache["mlp_out", layer], block.mlp(gained(block.ln2, cache, f"blocks.{layer}.ln2"))) < CLOSE
+    assert error(cache["logits"], pair.model.unembed(gained(pair.model.ln_final, cache, "ln_final"))) < CLOSE
+
+
+@torch.no_grad()
+def test_the_scale_is_what_the_stream_was_divided_by(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH))
+    norms = {name: module for name, module in pair.model.named_modules() if isinstance(module, Norm)}
+    assert len(norms) == 2 * pair.model.cfg.n_layers + 1
+    for name in norms:
+        layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name != "ln_final" else (-1, name)
+        stream = cache[{"ln1": "resid_pre", "ln2": "resid_mid", "ln_final": "resid_post"}[part], layer]
+        if pair.row.model_type == "gpt2":
+            stream = stream - stream.mean(-1, keepdim=True)
+        assert cache[f"{name}.hook_scale"].shape == (2, LENGTH, 1)
+        assert error(cache[f"{name}.hook_normalized"] * cache[f"{name}.hook_scale"], stream) < CLOSE
+        mean_square = stream.pow(2).mean(-1, keepdim=True)
+        assert error(cache[f"{name}.hook_scale"].pow(2), mean_square + pair.model.cfg.eps) < CLOSE
+
+
+@torch.no_grad()
+def test_the_pattern_is_the_softmax_of_the_scores_and_weighs_the_values(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH))
+    rotated = "blocks.0.attn.hook_rot_q" in cache
+    for layer, block in enumerate(pair.model.blocks):
+        pattern, scores = cache["pattern", layer], cache["attn_scores", layer]
+        assert error(pattern, scores.softmax(-1)) < CLOSE
+        q, k = (cache[f"rot_{short}" if rotated else short, layer] for short in "qk")
+        k, v = (x.repeat_interleave(block.attn.group, 2) for x in (k, cache["v", layer]))
+        allowed = torch.ones(LENGTH, LENGTH).tril().bool()
+        by_hand = torch.einsum("bqhd,bkhd->bhqk", q, k) * block.attn.scale
+        assert error(scores[..., allowed], by_hand[..., allowed]) < CLOSE
+        assert bool((scores[..., ~allowed] == -torch.inf).all())
+        assert error(cache["z", layer], torch.einsum("bhqk,bkhd->bqhd", pattern, v)) < CLOSE
+
+
+@torch.no_grad()
+def test_results_of_heads_sum_to_what_attention_adds(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH), ["*.hook_result", "*.hook_attn_out", "*.hook_z"])
+    for layer, block in enumerate(pair.model.blocks):
+        by_head = cache["result", layer]
+        assert error(by_head.sum(2) + block.attn.b_O, cache["attn_out", layer]) < CLOSE
+        by_hand = torch.stack([z @ W_O for z, W_O in zip(cache["z", layer].unbind(2), block.attn.W_O, strict=True)], 2)
+        assert error(by_head, by_hand) < CLOSE
+
+
+@torch.no_grad()
+def test_inputs_by_head_are_copies_of_the_stream(pair: Pair) -> None:
+    names = ["attn_in", "q_input", "k_input", "v_input"]
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH), [f"*.hook_{name}" for name in names] + ["*resid*"])
+    cfg = pair.model.cfg
+    for layer in range(cfg.n_layers):
+        for name in names:
+            heads = cfg.n_heads if name == "q_input" else cfg.n_key_value_heads
+            stream = cache["resid_pre", layer].unsqueeze(2).expand(-1, -1, heads, -1)
+            assert torch.equal(cache[name, layer], stream)
+
+
+@torch.no_grad()
+def test_the_mlp_reads_the_stream_after_attention(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH), ["*.hook_mlp_in", "*.hook_resid_mid"])
+    for layer in range(pair.model.cfg.n_layers):
+        assert torch.equal(cache["mlp_in", layer], cache["resid_mid", layer])
+
+
+@torch.no_grad()
+def test_asking_changes_no_logits(pair: Pair) -> None:
+    tokens = ids(3, LENGTH)
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0
+    unasked = pair.model(tokens, mask)
+    everything, cache = pair.model.run_with_cache(tokens, "*", mask=mask)
+    assert set(cache) == set(pair.model.hook_points)
+    assert error(everything[mask.bool()], unasked[mask.bool()]) < CLOSE
+    for name in pair.model.hook_points:  # each alone takes another path through the model
+        logits, _ = pair.model.run_with_cache(tokens, name, mask=mask)
+        assert error(logits[mask.bool()], unasked[mask.bool()]) < CLOSE, name
+
+
+# -- padding
+
+
+def assert_rows_equal_themselves_alone(model: lk.HookedTransformer, tokens: Tensor, mask: Tensor) -> None:
+    together = model(tokens, mask)
+    scored, cache = model.run_with_cache(tokens, ["*.hook_pattern", "*.hook_resid_post"], mask=mask)
+    for row, kept in enumerate(mask.bool()):
+        alone, own = model.run_with_cache(tokens[row, kept], ["*.hook_pattern", "*.hook_resid_post"])
+        assert error(together[row, kept], alone[0]) < CLOSE, f"row {row}: fused attention"
+        assert error(scored[row, kept], alone[0]) < CLOSE, f"row {row}: explicit attention"
+        for layer in range(model.cfg.n_layers):
+            assert error(cache["resid_post", layer][row, kept], own["resid_post", layer][0]) < CLOSE
+            pattern = cache["pattern", layer][row][:, kept]
+            assert error(pattern[:, :, kept], own["pattern", layer][0]) < CLOSE
+            assert float(pattern[:, :, ~kept].sum()) == 0.0, "a token attends to padding"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_equal_themselves_alone(pair: Pair, side: str) -> None:
+    lengths = torch.tensor([LENGTH, 1, 5, 17])
+    columns = torch.arange(LENGTH).expand(4, -1)
+    mask = columns >= LENGTH - lengths[:, None] if side == "left" else columns < lengths[:, None]
+    assert_rows_equal_themselves_alone(pair.model, ids(4, LENGTH), mask)
+
+
+@torch.no_grad()
+def test_padding_that_all_rows_share_changes_nothing(pair: Pair) -> None:
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[:, :15], mask[1, :20] = False, False
+    assert_rows_equal_themselves_alone(pair.model, ids(2, LENGTH), mask)
+
+
+@torch.no_grad()
+def test_padding_ids_do_not_matter(pair: Pair) -> None:
+    tokens, mask = ids(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[1, :9] = False
+    others = torch.where(mask, tokens, ids(2, LENGTH, seed=5))
+    assert torch.equal(pair.model(tokens, mask)[mask], pair.model(others, mask)[mask])
+
+
+masks = st.integers(1, 9).flatmap(
+    lambda length: st.lists(
+        st.lists(st.booleans(), min_size=length, max_size=length).filter(any), min_size=1, max_size=4
+    )
+)
+
+
+@given(mask=masks)
+@torch.no_grad()
+def test_whatever_a_mask_leaves_out_is_not_there(shared: lk.HookedTransformer, mask: list[list[bool]]) -> None:
+    kept = torch.tensor(mask)
+    assert_rows_equal_themselves_alone(shared, ids(*kept.shape), kept)
+
+
+# -- there and back
+
+
+def test_config_round_trip(pair: Pair) -> None:
+    cfg = pair.model.cfg
+    raw = {"model_type": pair.row.model_type, **cfg.to_hf()}
+    assert type(cfg).from_hf(complete(raw, where="the round trip")) == cfg
+    assert type(cfg).from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
+    assert from_hf(pair.row) == cfg
+
+
+def test_weights_are_bit_exact_after_saving_and_exporting(pair: Pair, tmp_path: Path) -> None:
+    saved = pair.model.save_pretrained(tmp_path / "saved")
+    again = lk.HookedTransformer.from_pretrained(saved)
+    assert again.cfg == pair.model.cfg
+    for (name, ours), (other, theirs) in zip(
+        pair.model.named_parameters(remove_duplicate=False), again.named_parameters(remove_duplicate=False), strict=True
+    ):
+        assert name == other
+        assert torch.equal(ours, theirs)
+
+    original = load_file(pair.folder / "model.safetensors")
+    exported = load_file(lk.export(saved, tmp_path / "exported") / "model.safetensors")
+    assert exported.keys() == original.keys()
+    for name, tensor in original.items():
+        assert torch.equal(exported[name], tensor), name
+    with torch.no_grad():
+        assert error(hf_model(tmp_path / "exported")(ids(2, 7)).logits, pair.hf(ids(2, 7)).logits) == 0.0
+
+
+def test_a_model_built_from_the_config_exports_to_hugging_face(pair: Pair, tmp_path: Path) -> None:
+    new = lk.HookedTransformer(pair.model.cfg, seed=3)
+    new.save_pretrained(tmp_path / "new")
+    hf = hf_model(lk.export(tmp_path / "new", tmp_path / "exported"))
+    with torch.no_grad():
+        assert error(new(ids(2, LENGTH)), run_hf(hf, ids(2, LENGTH)).logits) < CLOSE
+
+
+# -- the table itself
+
+
+def test_every_family_is_in_the_table() -> None:
+    assert TINY.keys() == MODULES.keys()
+    assert {row.model_type for row in ROWS} == MODULES.keys()
+    assert len({str(row) for row in ROWS}) == len(ROWS)
+
+
+THE_SAME = {"gpt2-full context", "llama-past the context", "gpt2-upcast scores"}
+
+
+@torch.no_grad()
+def test_variants_compute_something_else(pair: Pair, tmp_path: Path) -> None:
+    """A variant that computes what the default does tests nothing."""
+    default = hf_model(hf_folder(Row("default", pair.row.model_type), tmp_path))
+    if pair.row.name == "default" or str(pair.row) in THE_SAME:
+        return
+    ours, theirs = ({n: p.shape for n, p in hf.named_parameters()} for hf in (pair.hf, default))
+    if ours == theirs:  # with other weights, it is something else
+        default.load_state_dict(pair.hf.state_dict())
+        assert error(pair.model(ids(3, LENGTH)), run_hf(default, ids(3, LENGTH)).logits) > 10 * CLOSE
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activation_functions_are_hugging_faces(name: str) -> None:
+    x = torch.linspace(-9, 9, 2001)
+    assert error(ACTIVATIONS[name](x), ACT2FN[name](x)) < 1e-6
