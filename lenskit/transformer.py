@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lenskit.cache import ActivationCache
+from lenskit.checkpoints import devices
 from lenskit.checkpoints import load as loading
 from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.source import find
@@ -67,9 +68,9 @@ class HookedTransformer(WeightAccess, Decoder):
         cls,
         name_or_path: str | Path,
         *,
-        device: loading.Device | None = None,
+        device: devices.Device | None = None,
         dtype: torch.dtype | None = None,
-        device_map: str | Mapping[str, loading.Device] | None = None,
+        device_map: str | Mapping[str, devices.Device] | None = None,
         revision: str | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         token: str | bool | None = None,
@@ -93,10 +94,10 @@ class HookedTransformer(WeightAccess, Decoder):
         with torch.device("meta"):
             model = cls(described.cfg, tokenizer=tokenizer or loading.tokenizer_of(source), seed=None)
         model.source, model.hf_config = source.name, described.hf_config
-        places = loading.places(model, device, device_map)
+        places = devices.places(model, device, device_map)
         if device is None or torch.device(device).type != "meta":
             loading.fill(model, source, described, device_map=places, dtype=dtype)
-            loading.dispatch(model, places)
+            devices.dispatch(model, places)
         return model.eval()
 
     def save_pretrained(self, dest: str | Path) -> Path:
@@ -202,7 +203,7 @@ class HookedTransformer(WeightAccess, Decoder):
         input: Input,
         names: Site | None = None,
         *,
-        device: loading.Device | None = None,
+        device: devices.Device | None = None,
         grad: bool = False,
         mask: Tensor | None = None,
         start_at_layer: int | None = None,

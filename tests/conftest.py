@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any, get_args
@@ -102,16 +103,32 @@ def _take_lenskit() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "lenskit"}
 
 
-@pytest.fixture(scope="module")
-def unchecked() -> Iterator[ModuleType]:
-    """lenskit as users have it: imported a second time, without the checks of shapes.
+@contextmanager
+def imported_again() -> Iterator[ModuleType]:
+    """lenskit as users have it, newly imported, and without the checks of shapes; then the other one is back.
 
-    For torch.compile, which would trace the checks. The two have different classes; do not mix them.
+    The two have different classes; do not mix them.
     """
     global checks
     checked = _take_lenskit()
     checks.uninstall()
-    yield importlib.import_module("lenskit")
-    _take_lenskit()
-    sys.modules.update(checked)
-    checks = install_checks()
+    try:
+        yield importlib.import_module("lenskit")
+    finally:
+        _take_lenskit()
+        sys.modules.update(checked)
+        checks = install_checks()
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[ModuleType]:
+    """lenskit without the checks of shapes, for torch.compile, which would trace them."""
+    with imported_again() as unchecked:
+        yield unchecked
+
+
+@pytest.fixture
+def new_import() -> Iterator[ModuleType]:
+    """lenskit as it is in a process where nobody did anything with it yet."""
+    with imported_again() as new:
+        yield new

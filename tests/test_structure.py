@@ -1,6 +1,8 @@
 """The shape of the code base: what may import what, what may be named where, and what importing costs."""
 
 import ast
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -171,6 +173,26 @@ def test_the_tree_of_errors_is_as_drawn() -> None:
     for name, parent in tree.items():
         assert (parent is None) == (name == "LenskitError")
         assert parent is None or classes[parent] in classes[name].__bases__
+
+
+BUILT_IN = {
+    "InputError": ValueError, "ConfigError": ValueError, "CheckpointNotFoundError": FileNotFoundError,
+    "HubError": OSError, "MissingTensorError": KeyError, "TensorShapeError": ValueError,
+    "UnknownHookPointError": KeyError, "AxisError": ValueError, "ReplacementError": ValueError,
+    "MissingExtraError": ImportError,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(name for name, _ in drawn(lk.errors.__doc__)))
+def test_every_error_says_four_things_and_can_be_sent(name: str) -> None:
+    """Also where it is a built-in error, whose own ways with messages differ."""
+    kind = vars(lk.errors)[name]
+    raised = kind("what", got="came", expected="right", fix="do")
+    assert isinstance(raised, BUILT_IN.get(name, Exception))
+    for error in (raised, pickle.loads(pickle.dumps(raised)), copy.copy(raised)):
+        assert type(error) is kind
+        assert str(error) == "what\n  got:      came\n  expected: right\n  to do:    do"
+        assert (error.what, error.got, error.expected, error.fix) == ("what", "came", "right", "do")
 
 
 # -- sizes and habits

@@ -40,11 +40,13 @@ SHAPES = {
 ABSENT = {"gpt2": ["mlp.W_gate", "mlp.b_gate"], "llama": ["pos_embed.W_pos"]}
 # With these, every bias that the architecture can have is there.
 BIASED = {"gpt2": {"n_inner": 50}, "llama": {"attention_bias": True, "mlp_bias": True}}
-EVERY_WEIGHT = pytest.mark.parametrize(
-    ("model_type", "weight"),
-    [(model_type, weight) for model_type in MODEL_TYPES for weight in SHAPES if weight not in ABSENT[model_type]],
-    indirect=["model_type"],
-)
+WEIGHTS = [(model_type, weight) for model_type in MODEL_TYPES for weight in SHAPES if weight not in ABSENT[model_type]]
+# Neither family has a bias there: it is no stored weight.
+STORED = [(model_type, weight) for model_type, weight in WEIGHTS if weight != "unembed.b_U"]
+STACKED = [(model_type, weight) for model_type, weight in WEIGHTS if weight.startswith(("attn", "mlp"))]
+EVERY_WEIGHT = pytest.mark.parametrize(("model_type", "weight"), WEIGHTS, indirect=["model_type"])
+EVERY_STORED_WEIGHT = pytest.mark.parametrize(("model_type", "weight"), STORED, indirect=["model_type"])
+EVERY_STACKED_WEIGHT = pytest.mark.parametrize(("model_type", "weight"), STACKED, indirect=["model_type"])
 
 
 @pytest.fixture
@@ -68,10 +70,8 @@ def test_shapes(biased: lk.HookedTransformer, model_type: str, weight: str) -> N
     assert read(biased, weight).shape == shape(biased, weight)
 
 
-@EVERY_WEIGHT
+@EVERY_STORED_WEIGHT
 def test_weights_are_views_of_what_is_stored(biased: lk.HookedTransformer, model_type: str, weight: str) -> None:
-    if weight == "unembed.b_U":
-        pytest.skip("neither family has this bias")
     view = read(biased, weight)
     storages = {p.untyped_storage().data_ptr(): p for p in biased.parameters()}
     assert view.untyped_storage().data_ptr() in storages
@@ -83,13 +83,11 @@ def test_weights_are_views_of_what_is_stored(biased: lk.HookedTransformer, model
         assert read(biased, weight).data_ptr() == view.data_ptr()
 
 
-@EVERY_WEIGHT
+@EVERY_STORED_WEIGHT
 @torch.no_grad()
 def test_writing_in_place_changes_what_the_model_computes(
     biased: lk.HookedTransformer, model_type: str, weight: str
 ) -> None:
-    if weight == "unembed.b_U":
-        pytest.skip("neither family has this bias")
     before = biased(TOKENS)
     read(biased, weight).mul_(-2.0)
     assert not torch.equal(biased(TOKENS), before)
@@ -97,12 +95,10 @@ def test_writing_in_place_changes_what_the_model_computes(
     assert error(biased(TOKENS), before) < CLOSE
 
 
-@EVERY_WEIGHT
+@EVERY_STORED_WEIGHT
 def test_gradients_reach_the_stored_weights_through_views(
     biased: lk.HookedTransformer, model_type: str, weight: str
 ) -> None:
-    if weight == "unembed.b_U":
-        pytest.skip("neither family has this bias")
     view = read(biased, weight)
     view.square().sum().backward()
     total = sum(float(p.grad.square().sum()) for p in biased.parameters() if p.grad is not None)
@@ -211,10 +207,8 @@ def test_absent_biases_refuse_to_be_written(
 # -- stacked over the layers
 
 
-@pytest.mark.parametrize("weight", [weight for weight in SHAPES if weight.startswith(("attn", "mlp"))])
-def test_stacked_over_layers(biased: lk.HookedTransformer, weight: str) -> None:
-    if weight in ABSENT[biased.cfg.model_type]:
-        pytest.skip("this family has none")
+@EVERY_STACKED_WEIGHT
+def test_stacked_over_layers(biased: lk.HookedTransformer, model_type: str, weight: str) -> None:
     part, name = weight.split(".")
     stacked = getattr(biased, name)
     assert stacked.shape == (3, *shape(biased, weight))

@@ -1,25 +1,36 @@
 """Streaming a checkpoint into a model: everything is checked first, then tensors are placed one by one."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lenskit.checkpoints.devices import device_of
 from lenskit.checkpoints.files import TensorFiles
-from lenskit.checkpoints.source import Source
-from lenskit.errors import ConfigError, InputError, TensorShapeError, UnsupportedModelError
+from lenskit.checkpoints.source import Source, read_json
+from lenskit.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    InputError,
+    TensorShapeError,
+    UnknownTensorError,
+    UnsupportedModelError,
+)
 from lenskit.extras import load
 from lenskit.models.base import Decoder, DecoderConfig, Family
 from lenskit.models.registry import family
-from lenskit.weights import Placement, WeightTable, weight
+from lenskit.weights import Drop, Placement, WeightTable, weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Device = torch.device | str | int
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,25 @@ class Described:
     hf_config: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint's tensors, matched to the model's parameters: every one is there and of the right shape."""
+
+    files: TensorFiles
+    placements: list[Placement]
+
+    def size(self, placement: Placement) -> int:
+        """How many numbers a placement reads."""
+        return sum(math.prod(self.files.shape(name)) for name in placement.on_disk if placement.ours)
+
+    def dtype(self) -> torch.dtype:
+        """The one that most of the numbers are stored in."""
+        numbers: Counter[torch.dtype] = Counter()
+        for placement in self.placements:
+            numbers[self.files.mapped(placement.on_disk[0]).dtype] += self.size(placement)
+        return numbers.most_common(1)[0][0]
+
+
 def describe(source: Source) -> Described:
     """Read the config.
 
@@ -39,19 +69,39 @@ def describe(source: Source) -> Described:
         UnsupportedConfigError: an attribute that would change the computation and is not handled.
         ConfigError: the config makes no sense.
     """
-    if source.manifest is not None:
-        found = family(source.manifest["model_type"], where=source.where)
-        return Described(found, found.config.from_json(source.manifest["config"]), source.manifest["hf_config"])
-    raw = source.json("config.json")
-    if "model_type" not in raw:
+    where, manifest = str(source.config_file), source.manifest
+    raw = read_json(source.config_file) if manifest is None else manifest
+    if not isinstance(raw.get("model_type"), str):
         raise UnsupportedModelError(
-            f"{source.where}: config.json has no model_type",
-            got=f"attributes {', '.join(sorted(raw)[:8])}",
+            f"{where} has no model_type",
+            got=f"attributes {', '.join(sorted(raw)[:8]) or 'none'}",
             expected="model_type, the name of the architecture family",
             fix="add it, or give the folder of a Hugging Face checkpoint",
         )
-    found = family(raw["model_type"], where=source.where)
-    return Described(found, found.config.from_hf(complete(raw, where=source.where)), raw)
+    found = family(raw["model_type"], where=where)
+    attributes = complete(raw, where=where) if manifest is None else manifest["config"]
+    with _naming(where), torch.device("meta"):
+        cfg = found.config.from_hf(attributes) if manifest is None else found.config.from_json(attributes)
+        next(iter(found.parts(cfg).blocks), None)  # one block, to see whether the values make a model
+    return Described(found, cfg, raw if manifest is None else manifest["hf_config"])
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Errors about a config's values name its file; whatever else the values raise is about the config too."""
+    try:
+        yield
+    except ConfigError as error:
+        raise type(error)(
+            f"{where}: {error.what}", got=error.got, expected=error.expected, fix=error.fix
+        ) from error.__cause__
+    except Exception as error:
+        raise ConfigError(
+            f"{where} describes no model",
+            got=f"{type(error).__name__}: {error}",
+            expected="every attribute with a value that makes sense",
+            fix="correct the attribute that the message names, or fetch the file again",
+        ) from error
 
 
 def complete(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -60,13 +110,11 @@ def complete(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     Raises:
         ConfigError: Hugging Face refuses it.
     """
-    attributes = {key: value for key, value in raw.items() if key != "model_type"}
-    transformers = load("transformers")
     try:
-        config: dict[str, Any] = transformers.AutoConfig.for_model(raw["model_type"], **attributes).to_dict()
+        config: dict[str, Any] = _hf_config(raw).to_dict()
     except Exception as error:  # whatever the config class raises, it is about this file
         raise ConfigError(
-            f"{where}: config.json is refused by Hugging Face's config class",
+            f"{where} is refused by Hugging Face's config class",
             got=f"{type(error).__name__}: {error}",
             expected=f"a valid {raw['model_type']} config",
             fix="correct the attribute that the message names",
@@ -74,18 +122,31 @@ def complete(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     return config
 
 
-def table_of(source: Source, described: Described) -> WeightTable:
-    """The names of the source's tensors: the family's, or our own in a checkpoint that lenskit wrote."""
+def _hf_config(raw: Mapping[str, Any]) -> Any:
+    # A copy: the config classes write into what they are given.
+    attributes = deepcopy({key: value for key, value in raw.items() if key not in ("model_type", "_name_or_path")})
+    return load("transformers").AutoConfig.for_model(raw["model_type"], **attributes)
+
+
+def matched(source: Source, described: Described, model: Decoder) -> Weights:
+    """The source's tensors, checked against a model, which may be on the meta device.
+
+    Raises:
+        MissingTensorError, UnknownTensorError, TensorShapeError, CorruptCheckpointError: see their docstrings.
+    """
+    files = TensorFiles(source.folder, stem="model" if source.manifest is None else "weights")
     table = described.family.weights(described.cfg)
-    if source.manifest is None:
-        return table
-    ours = [name for placement in table.placements() for name in placement.ours]
-    return WeightTable(tuple(weight(name, name) for name in ours), n_layers=1)
-
-
-def open_tensors(source: Source) -> TensorFiles:
-    """The source's tensor files."""
-    return TensorFiles(source.folder, stem="model" if source.manifest is None else "weights")
+    if source.manifest is not None:  # lenskit's own checkpoints have our names on disk
+        ours = [name for placement in table.placements() for name in placement.ours]
+        table = WeightTable(tuple(weight(name, name) for name in ours), n_layers=1)
+    weights = Weights(files, table.match(files.files, source.where))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for placement in weights.placements:
+        _check_shapes(placement, files, parameters)
+        _check_dtypes(placement, files)
+        if described.cfg.tie_embeddings and isinstance(placement.rule, Drop):
+            _check_tied(placement, weights)
+    return weights
 
 
 def fill(
@@ -93,7 +154,7 @@ def fill(
     source: Source,
     described: Described,
     *,
-    device_map: Mapping[str, Device],
+    device_map: Mapping[str, torch.device],
     dtype: torch.dtype | None,
 ) -> None:
     """Give a model built on the meta device its weights; nothing is placed unless everything fits.
@@ -102,101 +163,117 @@ def fill(
 
     Args:
         device_map: module path prefix -> device; "" is the default.
-        dtype: of the parameters; None for the embedding's on disk.
+        dtype: of all parameters; None for the one that most of the numbers on disk have.
 
     Raises:
-        MissingTensorError, UnknownTensorError, TensorShapeError, CorruptCheckpointError: see their docstrings.
+        InputError: a dtype that no model can have.
+        CheckpointError: see `matched`.
     """
-    files = open_tensors(source)
-    placements = table_of(source, described).match(files.files, source.where)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for placement in placements:
-        _check_shapes(placement, files, parameters, source.where)
-    if dtype is None and placements:
-        with torch.no_grad():
-            dtype = files.mapped(placements[0].on_disk[0]).dtype
-    for placement in placements:
-        for name, tensor in zip(placement.ours, _read(placement, files, device_map, dtype), strict=True):
+    check_dtype(dtype)
+    weights = matched(source, described, model)
+    dtype = weights.dtype() if dtype is None else dtype
+    # The largest first: what is copied needs room for its original too, and now there is most of it.
+    for placement in sorted(weights.placements, key=weights.size, reverse=True):
+        for name, tensor in zip(placement.ours, _read(placement, weights.files, device_map, dtype), strict=True):
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
             module._parameters[attribute] = nn.Parameter(tensor)
     model.tie()
 
 
-def _check_shapes(placement: Placement, files: TensorFiles, parameters: Mapping[str, nn.Parameter], where: str) -> None:
+def check_dtype(dtype: object) -> None:
+    """Refuse what no model can have for its weights.
+
+    Raises:
+        InputError: no dtype of torch, or not one of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(
+            "no dtype for weights",
+            got=f"dtype={dtype!r}",
+            expected=f"one of {', '.join(map(str, DTYPES))}, or None for what the checkpoint has",
+            fix="say dtype=torch.bfloat16, for one; lenskit does not quantise",
+        )
+
+
+def _check_shapes(placement: Placement, files: TensorFiles, parameters: Mapping[str, nn.Parameter]) -> None:
     on_disk = [torch.empty(files.shape(name), device="meta") for name in placement.on_disk]
-    for name, tensor in zip(placement.ours, placement.rule.load(on_disk), strict=True):
-        if tensor.shape != parameters[name].shape:
-            raise TensorShapeError(
-                f"{where}: {placement.on_disk[0]} has another shape than the config says",
-                got=f"{[tuple(t.shape) for t in on_disk]} in {files.files[placement.on_disk[0]].name}",
-                expected=f"what becomes {tuple(parameters[name].shape)} as {name}",
-                fix="check that config.json belongs to these weights",
+    try:
+        shapes = [tuple(tensor.shape) for tensor in placement.rule.load(on_disk)]
+    except (RuntimeError, IndexError):  # a rule that cannot split or transpose such a tensor at all
+        shapes = []
+    expected = [tuple(parameters[name].shape) for name in placement.ours]
+    if shapes != expected:
+        raise TensorShapeError(
+            f"{files.path(placement.on_disk[0])}: {placement.on_disk[0]} has another shape than the config says",
+            got=", ".join(str(tuple(tensor.shape)) for tensor in on_disk),
+            expected=", ".join(
+                f"what becomes {shape} as {name}" for name, shape in zip(placement.ours, expected, strict=True)
+            ),
+            fix="check that the config belongs to these weights",
+        )
+
+
+def _check_dtypes(placement: Placement, files: TensorFiles) -> None:
+    for name in placement.on_disk if placement.ours else ():
+        dtype = files.mapped(name).dtype
+        if dtype not in DTYPES:
+            raise UnknownTensorError(
+                f"{files.path(name)}: {name} holds numbers that lenskit does not compute with",
+                got=str(dtype),
+                expected=f"one of {', '.join(map(str, DTYPES))}",
+                fix="load a version of the checkpoint that is not quantised",
             )
 
 
-def _read(
-    placement: Placement, files: TensorFiles, device_map: Mapping[str, Device], dtype: torch.dtype | None
-) -> list[Tensor]:
-    devices = [torch.device(_device_of(name, device_map)) for name in placement.ours]
-    as_it_lies = [files.mapped(name) for name in placement.on_disk]
-    if all(device.type == "cpu" for device in devices) and all(t.dtype == dtype for t in as_it_lies):
-        return list(placement.rule.load(as_it_lies))
-    with ExitStack() as pages:
-        tensors = [pages.enter_context(files.once(name)) for name in placement.on_disk]
-        return [
-            tensor.to(device=device, dtype=dtype, copy=True)
-            for tensor, device in zip(placement.rule.load(tensors), devices, strict=True)
-        ]
-
-
-def places(model: Decoder, device: Device | None, device_map: str | Mapping[str, Device] | None) -> dict[str, Device]:
-    """Module path prefix -> device, from what the user said of `device` and `device_map`.
-
-    Raises:
-        InputError: both were given, or a map that leaves modules out.
-    """
-    if device_map is None:
-        return {"": device or "cpu"}
-    if device is not None:
-        raise InputError(
-            "device and device_map exclude each other",
-            got=f"device={device!r} and device_map={device_map!r}",
-            expected="one of them",
-            fix="leave one out",
+def _check_tied(placement: Placement, weights: Weights) -> None:
+    """A tensor that is left out as the embedding's copy has to be one."""
+    name = placement.on_disk[0]
+    embed = next(p.on_disk[0] for p in weights.placements if p.ours == ("embed.weight",))
+    files = weights.files
+    if files.shape(name) == files.shape(embed) and not torch.equal(files.alone(name), files.alone(embed)):
+        raise UnknownTensorError(
+            f"{files.path(name)}: {name} differs from {embed}, and the config says that they are one",
+            got="tie_word_embeddings=true and two different tensors",
+            expected="equal tensors, or tie_word_embeddings=false",
+            fix="set tie_word_embeddings to false in config.json, if the model was trained so",
         )
-    if not isinstance(device_map, str):
-        return dict(device_map)
-    accelerate = load("accelerate")
-    blocks = sorted({type(block).__name__ for block in model.blocks})
-    memory = accelerate.utils.get_balanced_memory(model, no_split_module_classes=blocks)
-    found: dict[str, Device] = accelerate.infer_auto_device_map(
-        model, max_memory=None if device_map == "sequential" else memory, no_split_module_classes=blocks
-    )
-    return found
 
 
-def dispatch(model: Decoder, places: Mapping[str, Device]) -> None:
-    """Let accelerate move activations, and weights kept on the CPU, to where each part runs."""
-    devices = {torch.device("cpu" if device == "disk" else device) for device in places.values()}
-    if len(devices) > 1:
-        on_cpu = {prefix: "cpu" if device == "disk" else device for prefix, device in places.items()}
-        load("accelerate").dispatch_model(model, on_cpu)
-
-
-def _device_of(name: str, device_map: Mapping[str, Device]) -> Device:
-    """The device of the longest prefix that covers a parameter; what would be on disk is mapped by the CPU."""
-    fitting = [prefix for prefix in device_map if not prefix or name == prefix or name.startswith(prefix + ".")]
-    device = device_map[max(fitting, key=len)]
-    return "cpu" if device == "disk" else device
+def _read(
+    placement: Placement, files: TensorFiles, device_map: Mapping[str, torch.device], dtype: torch.dtype
+) -> list[Tensor]:
+    devices = [device_of(name, device_map) for name in placement.ours]
+    as_it_lies = [files.mapped(name) for name in placement.on_disk]
+    aligned = all(tensor.dtype == dtype and tensor.data_ptr() % tensor.itemsize == 0 for tensor in as_it_lies)
+    if aligned and all(device.type == "cpu" for device in devices):
+        return list(placement.rule.load(as_it_lies))
+    tensors = placement.rule.load([files.copied(name, dtype) for name in placement.on_disk])
+    return [tensor.to(device) for tensor, device in zip(tensors, devices, strict=True)]
 
 
 def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
-    """The folder's tokenizer, if it has one; code from the checkpoint is never run."""
+    """The folder's tokenizer, if it has one; code from the checkpoint is never run.
+
+    Raises:
+        CorruptCheckpointError: it has one that cannot be loaded.
+    """
     if not list(source.folder.glob("tokenizer*")) and not (source.folder / "vocab.json").exists():
         return None
-    transformers = load("transformers")
-    tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-        source.folder, local_files_only=True, trust_remote_code=False
-    )
+    transformers, manifest = load("transformers"), source.manifest
+    try:
+        # Which class a tokenizer is depends on the model's config too; a lenskit checkpoint has no config.json.
+        config = (
+            None if manifest is None else _hf_config({"model_type": manifest["model_type"], **manifest["hf_config"]})
+        )
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source.folder, config=config, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever transformers raises, it is about these files
+        raise CorruptCheckpointError(
+            f"{source.where}: the tokenizer cannot be loaded",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            expected="a tokenizer of transformers; lenskit never runs code from a checkpoint",
+            fix="pass tokenizer=..., repair its files, or remove them for a model that takes ids only",
+        ) from error
     return tokenizer

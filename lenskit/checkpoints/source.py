@@ -1,6 +1,7 @@
 """Finding a checkpoint: an embedded name, a folder, or a hub id becomes a `Source`, a folder with a config."""
 
 import json
+import os.path
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lenskit.errors import CheckpointNotFoundError, CorruptCheckpointError, HubError
+from lenskit.errors import CheckpointNotFoundError, CorruptCheckpointError, HubError, InputError
 from lenskit.extras import load
 
 EMBEDDED = Path(__file__).parent.parent / "demo_checkpoints"
 MANIFEST = "lenskit.json"  # marks a checkpoint that lenskit wrote
-TOKENIZER_FILES = (
+FORMAT = 1  # of the manifest
+COMPANIONS = (  # what goes with the weights from folder to folder, besides the config
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -22,8 +24,10 @@ TOKENIZER_FILES = (
     "*.tiktoken",
     "spiece.model",
     "chat_template*",
+    "additional_chat_templates/*",
     "generation_config.json",
 )
+HUB_SECONDS = 10  # for the hub's first answer
 
 
 @dataclass(frozen=True)
@@ -44,47 +48,51 @@ class Source:
         """For messages."""
         return str(self.folder)
 
-    def json(self, file: str) -> dict[str, Any]:
-        """A JSON file of the folder.
-
-        Raises:
-            CheckpointNotFoundError: it is not there.
-            CorruptCheckpointError: it is no JSON object.
-        """
-        return read_json(self.folder / file)
+    @property
+    def config_file(self) -> Path:
+        """The file that says what model it is."""
+        return self.folder / ("config.json" if self.manifest is None else MANIFEST)
 
 
 def find(name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Source:
-    """The checkpoint of that name: embedded, a folder, or (reached for over the network) a hub id.
+    """The checkpoint of that name: a folder if there is one, else an embedded name, else a hub id, for which alone
+    the network is reached for.
 
     Raises:
         CheckpointNotFoundError: no such folder, or one without a config.
         HubError: a hub id that cannot be fetched.
+        InputError: a revision of something that is not on the hub.
     """
     name = str(name_or_path)
-    path = Path(name).expanduser()
-    if not path.exists() and (EMBEDDED / name).is_dir() and "/" not in name:
-        path = EMBEDDED / name
-    commit = None
-    if not path.exists() and isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        path = _download(name, revision, token)
-        commit = path.name
-    if not path.is_dir():
+    path, commit = Path(os.path.expanduser(name)), None
+    if not os.path.exists(path):
+        if "/" not in name and name in embedded_names():
+            path = EMBEDDED / name
+        elif isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]{0,95}(/[\w.-]{1,96})?", name):
+            path = _download(name, revision, token)
+            commit = path.name
+    if not os.path.isdir(path):
         raise CheckpointNotFoundError(
             f"no checkpoint at {name!r}",
-            got=f"a file: {path}" if path.is_file() else "a path where nothing is",
+            got=f"a file: {path}" if os.path.isfile(path) else "a path where nothing is",
             expected=f"a folder, a hub id (owner/name), or an embedded name: {', '.join(embedded_names())}",
             fix="check the path; give the folder rather than a file in it",
         )
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else None
-    if manifest is None and not (path / "config.json").exists():
+    if revision is not None and commit is None:
+        raise InputError(
+            f"{name!r} has no revisions",
+            got=f"revision={revision!r} for the folder {path}",
+            expected="a revision for hub ids only",
+            fix="leave revision out, or give a hub id that no folder hides",
+        )
+    if not (path / MANIFEST).exists() and not (path / "config.json").exists():
         raise CheckpointNotFoundError(
             f"{path} is not a checkpoint",
             got=f"a folder with {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing in it'}",
             expected=f"config.json (Hugging Face) or {MANIFEST} (lenskit) in it",
             fix="give the folder that holds the config and the weights",
         )
-    return Source(name, path, commit, manifest)
+    return Source(name, path, commit, _manifest(path / MANIFEST))
 
 
 def embedded_names() -> list[str]:
@@ -93,14 +101,19 @@ def embedded_names() -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; see `Source.json` for what raises."""
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointNotFoundError: it is not there.
+        CorruptCheckpointError: it is no JSON object.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(
             f"{path} is missing", got="no such file", expected="a JSON file", fix="download the checkpoint again"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no JSON
         raise _no_object(path, str(error)) from error
     if not isinstance(data, dict):
         raise _no_object(path, f"a {type(data).__name__}")
@@ -113,42 +126,94 @@ def _no_object(path: Path, got: str) -> CorruptCheckpointError:
     )
 
 
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """lenskit's own description of a checkpoint. Its hashes are for users: loading does not read every byte."""
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise CorruptCheckpointError(
+            f"{path} is of another format",
+            got=f"format {manifest.get('format')!r}, written by lenskit {manifest.get('lenskit')}",
+            expected=f"format {FORMAT}",
+            fix="load it with the lenskit that wrote it or a newer one, or convert the original again",
+        )
+    kinds = {"model_type": str, "config": dict, "hf_config": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(manifest.get(name), kind)]
+    if wrong:
+        raise CorruptCheckpointError(
+            f"{path} is incomplete",
+            got=", ".join(f"{name}={manifest.get(name)!r}" for name in wrong),
+            expected="model_type (a name), config and hf_config (objects)",
+            fix="convert the original again",
+        )
+    return manifest
+
+
 def _download(repo: str, revision: str | None, token: str | bool | None) -> Path:
-    hub = load("huggingface_hub")
-    files = ["*.json", "*.safetensors", "merges.txt", "*.model", "*.tiktoken", "*.jinja"]
+    """The repository's snapshot in the hub's cache, or, where the hub does not answer, the one that is there."""
+    hub, errors = load("huggingface_hub"), load("huggingface_hub.errors")
+    files = ["config.json", MANIFEST, "*.index.json", *COMPANIONS]
+    silence: Exception | None = None
 
-    def fetch(patterns: list[str]) -> Path:
-        with _hub_errors(repo, revision):
-            return Path(
-                hub.snapshot_download(
-                    repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=["*/*"]
-                )
+    def fetch(*weights: str) -> Path:
+        return Path(
+            hub.snapshot_download(
+                repo,
+                revision=revision,
+                token=token,
+                allow_patterns=[*files, *weights],
+                local_files_only=silence is not None,
             )
+        )
 
-    folder = fetch(files)
-    return folder if list(folder.glob("*.safetensors")) else fetch([*files, "pytorch_model*.bin"])
+    with _hub_errors(repo, revision):
+        try:  # snapshot_download would wait for an answer without end
+            hub.model_info(repo, revision=revision, token=token, timeout=HUB_SECONDS)
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise
+        except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+            silence = error
+        try:
+            folder = fetch("model*.safetensors", "weights*.safetensors")
+            return folder if list(folder.glob("*.safetensors")) else fetch("pytorch_model*.bin")
+        except errors.LocalEntryNotFoundError as error:
+            raise _hub_error(
+                repo,
+                revision,
+                got=f"no answer from the hub, and no copy in its cache: {_line(silence or error)}",
+                fix="connect to the network, or give the folder of a checkpoint",
+            ) from (silence or error)
 
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     errors = load("huggingface_hub.errors")
-
-    def hub_error(got: str, fix: str) -> HubError:
-        return HubError(
-            f"could not fetch {repo!r} from the hub",
-            got=got,
-            expected=f"a model repository{f' with revision {revision!r}' if revision else ''} that can be reached",
-            fix=fix,
-        )
-
-    local = f"if a folder was meant, it does not exist; embedded names are {', '.join(embedded_names())}"
     try:
         yield
+    except HubError:
+        raise
     except errors.GatedRepoError as error:
-        raise hub_error("a gated repository", "accept its terms on the hub and pass token=...") from error
+        fix = "accept its terms on its page, then pass token=... or log in: hf auth login"
+        raise _hub_error(repo, revision, got="a gated repository", fix=fix) from error
     except errors.RepositoryNotFoundError as error:
-        raise hub_error("no such repository, or a private one", f"check the id, pass token=...; {local}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise hub_error("no connection, and no local copy", f"connect, or use a local folder; {local}") from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
-        raise hub_error(f"{type(error).__name__}: {error}", f"check id and revision; {local}") from error
+        fix = "check the id; for a private repository, pass token=... or log in: hf auth login"
+        raise _hub_error(repo, revision, got="no such repository, or a private one", fix=fix) from error
+    except errors.RevisionNotFoundError as error:
+        fix = "check the branch, tag or commit on the repository's page"
+        raise _hub_error(repo, revision, got=f"a repository without revision {revision!r}", fix=fix) from error
+    except (errors.HTTPError, OSError, ValueError) as error:
+        raise _hub_error(repo, revision, got=_line(error), fix="check the id, and try again later") from error
+
+
+def _hub_error(repo: str, revision: str | None, *, got: str, fix: str) -> HubError:
+    return HubError(
+        f"could not fetch {repo!r} from the hub",
+        got=got,
+        expected=f"a model repository{f' with revision {revision!r}' if revision else ''} that can be reached",
+        fix=f"{fix}. No folder of that name exists; embedded names are {', '.join(embedded_names())}",
+    )
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

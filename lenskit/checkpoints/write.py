@@ -8,29 +8,29 @@ written beside its place and renamed at the end.
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenskit.checkpoints.files import TensorFiles
-from lenskit.checkpoints.load import Described, describe, open_tensors, table_of
-from lenskit.checkpoints.source import MANIFEST, TOKENIZER_FILES, Source, find
-from lenskit.errors import CheckpointError
+from lenskit.checkpoints.load import Described, Weights, describe, matched
+from lenskit.checkpoints.source import COMPANIONS, FORMAT, MANIFEST, Source, find
+from lenskit.errors import CheckpointError, InputError, LenskitError
 from lenskit.extras import load
-from lenskit.models.base import DecoderConfig, Family
+from lenskit.models.base import Decoder, DecoderConfig, Family
+from lenskit.version import __version__
 from lenskit.weights import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of the manifest
 SHARD_BYTES = 2 * 2**30
 
 NamedTensors = Iterable[tuple[str, Callable[[], Tensor]]]
@@ -49,14 +49,13 @@ def convert(
         The folder.
 
     Raises:
-        CheckpointError: the source cannot be read (see its subclasses), or `dest` is in the way. Nothing is left.
+        CheckpointError, ConfigError: the source cannot be read (see their subclasses), `dest` is in the way or
+            cannot be written. Nothing is left.
     """
-    found = find(source, revision=revision, token=token)
-    described = describe(found)
-    files = open_tensors(found)
+    found, described, weights = _opened(source, revision, token)
     with new_folder(Path(dest)) as folder:
-        _copy_tokenizer(found.folder, folder)
-        _write_lenskit(folder, described, _ours(found, described, files), source=found.name, revision=found.revision)
+        _copy_companions(found.folder, folder)
+        _write_lenskit(folder, described, _ours(weights), source=found.name, revision=found.revision)
     return Path(dest)
 
 
@@ -64,12 +63,10 @@ def export(
     source: str | Path, dest: str | Path, *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
     """Write any checkpoint in Hugging Face's format; every tensor is bit-exact. Arguments as `convert`'s."""
-    found = find(source, revision=revision, token=token)
-    described = describe(found)
-    files = open_tensors(found)
-    ours = dict(_ours(found, described, files))
+    found, described, weights = _opened(source, revision, token)
+    ours = dict(_ours(weights))
     with new_folder(Path(dest)) as folder:
-        _copy_tokenizer(found.folder, folder)
+        _copy_companions(found.folder, folder)
         table = described.family.weights(described.cfg)
         tensors = [
             (name, partial(_stored, placement, index, ours))
@@ -77,8 +74,7 @@ def export(
             for index, name in enumerate(placement.on_disk if placement.ours else ())
         ]
         _write_shards(folder, tensors, stem="model")
-        dtype = str(next(iter(ours.values()))().dtype).removeprefix("torch.")
-        _write_json(folder / "config.json", hf_config(described, dtype))
+        _write_json(folder / "config.json", described.hf_config)
     return Path(dest)
 
 
@@ -100,10 +96,21 @@ def save(
         source: what the manifest says the weights come from.
 
     Raises:
-        CheckpointError: `dest` is in the way.
+        CheckpointError: `dest` is in the way, or cannot be written.
+        InputError: there are no weights here to write.
     """
-    described = Described(family, cfg, hf_config or {})
     ours = [name for placement in family.weights(cfg).placements() for name in placement.ours]
+    absent = [name for name in ours if parameters[name].is_meta]
+    if absent:
+        raise InputError(
+            "the model's weights are not here to be saved",
+            got=f"{len(absent)} of {len(ours)} parameters on the meta device, {absent[0]} among them",
+            expected="weights in memory",
+            fix="load it without device='meta' and without offload; `lenskit convert` copies a checkpoint as it is",
+        )
+    dtype = str(parameters[ours[0]].dtype).removeprefix("torch.")
+    described = Described(family, cfg, {**(hf_config or _hf_config(family, cfg, tokenizer)), "dtype": dtype})
+    described.hf_config.pop("torch_dtype", None)  # the old name of "dtype"
     with new_folder(Path(dest)) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -112,11 +119,11 @@ def save(
     return Path(dest)
 
 
-def hf_config(described: Described, dtype: str) -> dict[str, Any]:
-    """The config.json of an export: the original where there is one, else one made from ours."""
-    family, cfg = described.family, described.cfg
-    made = {"architectures": [family.hf_class], "model_type": cfg.model_type, "dtype": dtype, **cfg.to_hf()}
-    return described.hf_config or made
+def _hf_config(family: Family, cfg: DecoderConfig, tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:
+    """A config.json for a model that never had one; without a tokenizer no id has a special meaning."""
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: None if tokenizer is None else getattr(tokenizer, name) for name in special}
+    return {"architectures": [family.hf_class], "model_type": cfg.model_type, **cfg.to_hf(), **ids}
 
 
 @contextmanager
@@ -124,35 +131,55 @@ def new_folder(dest: Path) -> Iterator[Path]:
     """A folder to write into, that takes the place of `dest` at the end of the block; an error leaves nothing.
 
     Raises:
-        CheckpointError: `dest` is a file or a folder with something in it.
+        CheckpointError: `dest` is a file or a folder with something in it, or writing failed.
     """
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise CheckpointError(
-            f"{dest} is in the way",
-            got="a file"
-            if dest.is_file()
-            else f"a folder with {', '.join(sorted(p.name for p in dest.iterdir())[:5])}",
-            expected="a path where nothing is, or an empty folder",
-            fix="choose another destination, or remove this one first",
-        )
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{dest.name}.partial-", dir=dest.parent))
+    dest = dest.expanduser().resolve()
+    _check_free(dest)
+    folder = dest.with_name(f".{dest.name}.partial-{uuid4().hex[:8]}")
     try:
+        folder.mkdir(parents=True)
         yield folder
-        folder.chmod(0o755)
         folder.replace(dest)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, LenskitError):
+            raise
+        _check_free(dest)  # somebody else may have written it meanwhile
+        raise CheckpointError(
+            f"{dest} could not be written",
+            got=f"{type(error).__name__}: {error}",
+            expected="a place to write to, with room for all the weights",
+            fix="free some space, or choose another destination; nothing was left behind",
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _ours(source: Source, described: Described, files: TensorFiles) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    for placement in table_of(source, described).match(files.files, source.where):
+def _check_free(dest: Path) -> None:
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise CheckpointError(
+            f"{dest} is in the way",
+            got=f"a folder with {', '.join(sorted(p.name for p in dest.iterdir())[:5])}" if dest.is_dir() else "a file",
+            expected="a path where nothing is, or an empty folder",
+            fix="choose another destination, or remove this one first",
+        )
+
+
+def _opened(source: str | Path, revision: str | None, token: str | bool | None) -> tuple[Source, Described, Weights]:
+    found = find(source, revision=revision, token=token)
+    described = describe(found)
+    with torch.device("meta"):
+        model = Decoder(described.cfg, described.family.parts(described.cfg))
+    return found, described, matched(found, described, model)
+
+
+def _ours(weights: Weights) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    for placement in weights.placements:
         for index, name in enumerate(placement.ours):
-            yield name, partial(_loaded, placement, index, files)
+            yield name, partial(_loaded, placement, index, weights)
 
 
-def _loaded(placement: Placement, index: int, files: TensorFiles) -> Tensor:
-    return placement.rule.load([files.mapped(name) for name in placement.on_disk])[index]
+def _loaded(placement: Placement, index: int, weights: Weights) -> Tensor:
+    return placement.rule.load([weights.files.alone(name) for name in placement.on_disk])[index]
 
 
 def _stored(placement: Placement, index: int, ours: Mapping[str, Callable[[], Tensor]]) -> Tensor:
@@ -169,7 +196,7 @@ def _write_lenskit(
     written = _write_shards(folder, tensors, stem="weights")
     manifest = {
         "format": FORMAT,
-        "lenskit": version("lenskit-interp"),
+        "lenskit": __version__,
         "model_type": described.cfg.model_type,
         "source": source,
         "revision": revision,
@@ -190,15 +217,19 @@ def _write_shards(folder: Path, tensors: NamedTensors, *, stem: str) -> list[Pat
     def flush() -> None:
         path = folder / f"{stem}-{len(shards) + 1:05d}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors' own would be readable for its owner alone
         shards.append((path, list(shard)))
         shard.clear()
 
     for name, read in tqdm(list(tensors), desc="writing", unit="tensor", disable=None, leave=False):
         tensor = read().contiguous()
+        if tensor.untyped_storage().data_ptr() in {t.untyped_storage().data_ptr() for t in shard.values()}:
+            tensor = tensor.clone()  # safetensors refuses tensors that share memory
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
             flush()
         shard[name] = tensor
         total += tensor.nbytes
+        del tensor  # a shard's memory goes with the shard
     flush()
     if len(shards) == 1:
         return [shards[0][0].rename(folder / f"{stem}.safetensors")]
@@ -213,11 +244,11 @@ def _write_shards(folder: Path, tensors: NamedTensors, *, stem: str) -> list[Pat
     return [path for path, _ in named]
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for pattern in TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+def _copy_companions(source: Path, folder: Path) -> None:
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
