@@ -126,6 +126,7 @@ class HookPoint(nn.Module):
 
     register_forward_hook = _refuse_torch_hook
     register_forward_pre_hook = _refuse_torch_hook
+    register_backward_hook = _refuse_torch_hook
     register_full_backward_hook = _refuse_torch_hook
     register_full_backward_pre_hook = _refuse_torch_hook
 

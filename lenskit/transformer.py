@@ -194,7 +194,8 @@ class HookedTransformer(WeightAccess, Decoder):
             ReplacementError: a function returned something of another shape, dtype or device.
         """
         batch = self._batch(input, mask, start_at_layer)
-        with self.hooks(hooks, bwd_hooks=bwd_hooks):
+        points = self._points_that_run(start_at_layer, stop_at_layer)
+        with attached(on_sites(hooks, points, "edit") + on_sites(bwd_hooks, points, "grad")):
             logits = self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
         return Result(logits, *batch)
 
@@ -226,10 +227,11 @@ class HookedTransformer(WeightAccess, Decoder):
             kept[hook.name] = activation if device is None else activation.to(device)
 
         batch = self._batch(input, mask, start_at_layer)
+        running = self._points_that_run(start_at_layer, stop_at_layer)
         if names is None:
-            points = [point for point in self.hook_points.values() if not point.on_demand]
+            points = [point for point in running.values() if not point.on_demand]
         else:
-            points = resolve(names, self.hook_points)
+            points = resolve(names, running)
         with nullcontext() if grad else torch.no_grad(), attached(on_points(points, keep, "read")):
             logits = self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
         return logits, ActivationCache(kept, n_layers=self.cfg.n_layers, mask=batch.mask)
@@ -254,6 +256,19 @@ class HookedTransformer(WeightAccess, Decoder):
     def device(self) -> torch.device:
         """Where the embedding is, and so where inputs go."""
         return self.embed.weight.device
+
+    def _points_that_run(self, start: int | None, stop: int | None) -> dict[str, HookPoint]:
+        """The hook points of a pass over some of the layers; a hook anywhere else would be without effect."""
+        if start is None and stop is None:
+            return self.hook_points
+        blocks = range(self._layer(start, 0), self._layer(stop, len(self.blocks)))
+        before, after = start is None, stop is None
+        ends = {point.name: before if "embed" in point.name else after for point in self.hook_points.values()}
+        return {
+            name: point
+            for name, point in self.hook_points.items()
+            if (ends[name] if point.layer is None else point.layer in blocks)
+        }
 
     def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None) -> Batch:
         if start_at_layer is not None:

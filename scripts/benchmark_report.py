@@ -99,7 +99,7 @@ def summary(rows: Sequence[Row]) -> str:
     """How many bars are met, in one sentence."""
     verdicts = [row.verdict for row in rows if row.bar]
     counts = [f"{verdicts.count(kind)} {kind.lower()}" for kind in dict.fromkeys(verdicts)]
-    return f"{len(verdicts)} bars: {', '.join(counts) or 'none'}."
+    return f"Bars: {', '.join(counts) or 'none'}."
 
 
 def machine() -> dict[str, str]:

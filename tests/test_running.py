@@ -546,6 +546,7 @@ def test_torchs_forward_hooks_replace_inputs_and_outputs(fresh: lk.HookedTransfo
 KINDS = ["forward", "forward_pre", "full_backward", "full_backward_pre", "backward"]
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchs_hooks_of_every_kind_run(new_import: ModuleType, kind: str) -> None:
     """Whichever is the first that a process registers."""
@@ -642,3 +643,24 @@ def test_a_whole_part_can_be_replaced(fresh: lk.HookedTransformer) -> None:
         fresh(TOKENS)
     fresh.blocks[0].mlp = mlp
     assert not torch.equal(fresh(TOKENS), zeroed)
+
+
+@torch.no_grad()
+def test_a_registered_replacement_takes_effect(fresh: lk.HookedTransformer) -> None:
+    fresh.blocks[1].register_module("mlp", Identity())
+    reads = fresh.run_with_cache(TOKENS, ["blocks.1.ln2.*", "blocks.1.hook_mlp_out"])[1]
+    ln2 = fresh.blocks[1].ln2
+    assert error(reads["mlp_out", 1], ln2.gain(reads["normalized", 1, "ln2"])) < CLOSE
+
+
+@torch.no_grad()
+def test_hooks_that_a_partial_pass_would_not_reach_are_refused(shared: lk.HookedTransformer) -> None:
+    nothing: list[tuple[str, object]] = [("blocks.2.hook_resid_pre", double), ("hook_logits", double)]
+    for hook in nothing:
+        with pytest.raises(UnknownHookPointError, match="points that run"):
+            shared.run_with_hooks(TOKENS, [hook], stop_at_layer=2)
+    stream, cache = shared.run_with_cache(TOKENS, "blocks.*.hook_resid_pre", stop_at_layer=2)
+    assert list(cache) == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
+    with pytest.raises(UnknownHookPointError, match="points that run"):
+        shared.run_with_cache(stream, "hook_embed", start_at_layer=2)
+    assert "hook_logits" in shared.run_with_cache(stream, start_at_layer=2)[1]

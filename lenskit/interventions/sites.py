@@ -65,7 +65,7 @@ def _no_match(what: str, points: Mapping[str, HookPoint], near: str | None = Non
     raise UnknownHookPointError(
         f"no hook point matches {what}",
         got=what,
-        expected=f"one of the model's {len(points)} points, such as {', '.join(close) or last}",
+        expected=f"one of the {len(points)} points that run, such as {', '.join(close) or last}",
         fix="model.hook_names() lists them; globs (blocks.*.hook_q) and negative layers (blocks.-1) work too",
     )
 

@@ -46,6 +46,10 @@ class Module(nn.Module):
         if isinstance(value, nn.Module):
             self.__dict__[name] = value
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        self.__dict__[name] = module
+
     def __delattr__(self, name: str) -> None:
         if name in self._modules:
             self.__dict__.pop(name, None)
@@ -64,6 +68,7 @@ class Module(nn.Module):
 
     register_forward_hook = _noticed("register_forward_hook")
     register_forward_pre_hook = _noticed("register_forward_pre_hook")
+    register_backward_hook = _noticed("register_backward_hook")
     register_full_backward_hook = _noticed("register_full_backward_hook")
     register_full_backward_pre_hook = _noticed("register_full_backward_pre_hook")
 
