@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lenskit.cache import ActivationCache
-from lenskit.checkpoints import devices
 from lenskit.checkpoints import load as loading
 from lenskit.checkpoints import write as writing
+from lenskit.checkpoints.devices import Device
 from lenskit.checkpoints.source import find
 from lenskit.errors import InputError
 from lenskit.hooks import HookPoint
@@ -68,9 +68,9 @@ class HookedTransformer(WeightAccess, Decoder):
         cls,
         name_or_path: str | Path,
         *,
-        device: devices.Device | None = None,
+        device: Device | None = None,
         dtype: torch.dtype | None = None,
-        device_map: str | Mapping[str, devices.Device] | None = None,
+        device_map: str | Mapping[str, Device] | None = None,
         revision: str | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         token: str | bool | None = None,
@@ -80,7 +80,7 @@ class HookedTransformer(WeightAccess, Decoder):
         Args:
             name_or_path: an embedded name ("demo-gpt2"), a folder (Hugging Face's or lenskit's), or a hub id.
             device: where all weights go; the CPU if nothing is said. "meta" loads no weights at all.
-            dtype: of the weights; as they lie on disk if nothing is said.
+            dtype: of all weights; the one that most of them have on disk if nothing is said.
             device_map: "auto", or module path prefix -> device, through accelerate; instead of `device`.
             revision: the hub's branch, tag or commit.
             tokenizer: instead of the checkpoint's own.
@@ -94,10 +94,7 @@ class HookedTransformer(WeightAccess, Decoder):
         with torch.device("meta"):
             model = cls(described.cfg, tokenizer=tokenizer or loading.tokenizer_of(source), seed=None)
         model.source, model.hf_config = source.name, described.hf_config
-        places = devices.places(model, device, device_map)
-        if device is None or torch.device(device).type != "meta":
-            loading.fill(model, source, described, device_map=places, dtype=dtype)
-            devices.dispatch(model, places)
+        loading.give_weights(model, source, described, device=device, dtype=dtype, device_map=device_map)
         return model.eval()
 
     def save_pretrained(self, dest: str | Path) -> Path:
@@ -204,7 +201,7 @@ class HookedTransformer(WeightAccess, Decoder):
         input: Input,
         names: Site | None = None,
         *,
-        device: devices.Device | None = None,
+        device: Device | None = None,
         grad: bool = False,
         mask: Tensor | None = None,
         start_at_layer: int | None = None,

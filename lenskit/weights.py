@@ -36,7 +36,7 @@ class Weight(Rule):
     transpose: bool = False
 
     def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [tensor.T for tensor in tensors] if self.transpose else tensors
+        return [tensor.t() for tensor in tensors] if self.transpose else tensors
 
     def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.load(tensors)

@@ -85,7 +85,10 @@ def dispatch(model: Decoder, places: Mapping[str, torch.device]) -> None:
         if on["embed"] == "cpu":
             on["embed"] = torch.device("cpu")  # accelerate offloads what is on "cpu", the string
         load("accelerate").dispatch_model(
-            model, on, main_device=devices[0], preload_module_classes=_block_classes(model)
+            model,
+            on,
+            main_device=devices[0],
+            preload_module_classes=sorted({type(block).__name__ for block in model.blocks}),
         )
 
 
@@ -96,9 +99,10 @@ def _auto(model: Decoder, dtype: torch.dtype | None) -> dict[str, torch.device]:
     parts = nn.Module()
     for name, child in model.named_children():
         parts.add_module(renamed[name], child)
-    kinds: dict[str, Any] = {"no_split_module_classes": _block_classes(model), "dtype": dtype}
-    memory = accelerate.utils.get_balanced_memory(parts, **kinds)
-    found = accelerate.infer_auto_device_map(parts, max_memory=memory, **kinds)
+    whole = sorted({type(model.get_submodule(part)).__name__ for part in _parts(model)})
+    options: dict[str, Any] = {"no_split_module_classes": whole, "dtype": dtype}
+    memory = accelerate.utils.get_balanced_memory(parts, **options)
+    found = accelerate.infer_auto_device_map(parts, max_memory=memory, **options)
     names = {new: old for old, new in renamed.items()}
     return {
         ".".join([names.get(head, head), *rest]): usable("cpu" if device == "disk" else device)
@@ -107,13 +111,10 @@ def _auto(model: Decoder, dtype: torch.dtype | None) -> dict[str, torch.device]:
 
 
 def _parts(model: Decoder) -> list[str]:
-    """What goes to one device as a whole: blocks, and what is beside them and has weights."""
-    children = [name for name, child in model.named_children() if list(child.parameters()) and name != "blocks"]
-    return [*children, *(f"blocks.{layer}" for layer in range(len(model.blocks)))]
-
-
-def _block_classes(model: Decoder) -> list[str]:
-    return sorted({type(block).__name__ for block in model.blocks})
+    """What goes to one device as a whole, in order: blocks, and what is beside them and has weights."""
+    blocks = [f"blocks.{layer}" for layer in range(len(model.blocks))]
+    children = [name for name, child in model.named_children() if list(child.parameters())]
+    return [part for name in children for part in (blocks if name == "blocks" else [name])]
 
 
 def _covers(prefix: str, name: str) -> bool:

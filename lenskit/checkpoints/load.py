@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lenskit.checkpoints.devices import device_of
+from lenskit.checkpoints.devices import Device, device_of, dispatch, places
 from lenskit.checkpoints.files import TensorFiles
 from lenskit.checkpoints.source import Source, read_json
 from lenskit.errors import (
@@ -149,32 +149,45 @@ def matched(source: Source, described: Described, model: Decoder) -> Weights:
     return weights
 
 
-def fill(
+def give_weights(
     model: Decoder,
     source: Source,
     described: Described,
     *,
-    device_map: Mapping[str, torch.device],
+    device: Device | None,
     dtype: torch.dtype | None,
+    device_map: str | Mapping[str, Device] | None,
 ) -> None:
     """Give a model built on the meta device its weights; nothing is placed unless everything fits.
 
-    A tensor that can be used as it lies on disk stays there, mapped into memory; others are copied one at a time.
+    A tensor that can be used as it lies on disk stays there, mapped into memory: a write to the weight does not
+    reach the file, but a write to the file would reach the weight. Others are copied one at a time.
 
     Args:
-        device_map: module path prefix -> device; "" is the default.
-        dtype: of all parameters; None for the one that most of the numbers on disk have.
+        device: where all weights go; None for the CPU. "meta" leaves them out.
+        dtype: of all weights; None for the one that most of the numbers on disk have.
+        device_map: "auto", or module path prefix -> device; instead of `device`.
 
     Raises:
-        InputError: a dtype that no model can have.
+        InputError: a dtype, device or device map that cannot be.
         CheckpointError: see `matched`.
     """
     check_dtype(dtype)
+    if device_map is None and places(model, device, None)[""].type == "meta":
+        if dtype is not None:
+            model.to(dtype)
+        return
     weights = matched(source, described, model)
     dtype = weights.dtype() if dtype is None else dtype
+    devices = places(model, device, device_map, dtype)
+    _place(model, weights, devices, dtype)
+    dispatch(model, devices)
+
+
+def _place(model: Decoder, weights: Weights, devices: Mapping[str, torch.device], dtype: torch.dtype) -> None:
     # The largest first: what is copied needs room for its original too, and now there is most of it.
     for placement in sorted(weights.placements, key=weights.size, reverse=True):
-        for name, tensor in zip(placement.ours, _read(placement, weights.files, device_map, dtype), strict=True):
+        for name, tensor in zip(placement.ours, _read(placement, weights.files, devices, dtype), strict=True):
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
             module._parameters[attribute] = nn.Parameter(tensor)
@@ -200,7 +213,7 @@ def _check_shapes(placement: Placement, files: TensorFiles, parameters: Mapping[
     on_disk = [torch.empty(files.shape(name), device="meta") for name in placement.on_disk]
     try:
         shapes = [tuple(tensor.shape) for tensor in placement.rule.load(on_disk)]
-    except (RuntimeError, IndexError):  # a rule that cannot split or transpose such a tensor at all
+    except RuntimeError:  # a rule that cannot split or transpose such a tensor at all
         shapes = []
     expected = [tuple(parameters[name].shape) for name in placement.ours]
     if shapes != expected:

@@ -1,8 +1,9 @@
 """Writing checkpoints: lenskit's own, which load by memory map, and Hugging Face's, bit for bit.
 
 A lenskit checkpoint is a folder with `lenskit.json` (the manifest: config, source, revision, hashes, version),
-`weights*.safetensors` under our names, and the tokenizer's files. A folder appears whole or not at all: it is
-written beside its place and renamed at the end.
+`weights*.safetensors` under our names, and the tokenizer's files. The hashes are for those who want to check a
+copy; loading does not read every byte. A folder appears whole or not at all: it is written beside its place and
+renamed at the end.
 """
 
 import hashlib
