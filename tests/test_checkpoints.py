@@ -224,6 +224,13 @@ def test_loading_needs_no_more_memory_than_the_weights(tmp_path: Path, form: str
         assert peak < 0.1 * n_bytes  # mapped
 
 
+@pytest.mark.parametrize("piece_bytes", [1, 300, 4096])
+def test_what_is_copied_in_pieces_is_whole(folder: Path, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lenskit.checkpoints.files.PIECE_BYTES", piece_bytes)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert same_weights(load(folder, dtype=dtype), load(folder).to(dtype))
+
+
 def test_a_tokenizer_of_the_users_own_stands_in_for_the_folders(folder: Path, demo_gpt2: lk.HookedTransformer) -> None:
     (folder / "tokenizer.json").write_text("no tokenizer")
     model = load(folder, tokenizer=demo_gpt2.tokenizer)
