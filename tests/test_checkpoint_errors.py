@@ -231,6 +231,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder: Path, tmp_path: Path,
     ],
     ids=["a training state", "a list", "a tensor", "numbered tensors", "a sparse tensor"],
 )
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_a_bin_file_of_something_else(folder: Path, content: Callable[[dict[str, Tensor]], Any], shown: str) -> None:
     save_bin(folder, content(tensors(folder)))
     told(CorruptCheckpointError, folder, "pytorch_model.bin is no table of tensors", shown, "state_dict")

@@ -95,6 +95,13 @@ def test_auto_reckons_with_the_dtype_to_come(folder: Path, found: Callable[..., 
     assert set(found(model, torch.float16, gpu0=n_bytes * 2 // 3, cpu=10**9).values()) == {"0"}
 
 
+def test_a_map_is_handed_to_accelerate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("lenskit.checkpoints.load.dispatch", lambda *arguments: calls.append(arguments))
+    model = load(folder, device_map={"": "cpu", "blocks.1": "disk"})
+    assert calls == [(model, {"": torch.device("cpu"), "blocks.1": torch.device("cpu")})]
+
+
 def test_weights_come_with_the_dtype_that_was_reckoned_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder, {name: tensor.bfloat16() for name, tensor in tensors(folder).items()})
     source = find(folder)
