@@ -92,7 +92,8 @@ class HookedTransformer(WeightAccess, Decoder):
         source = find(name_or_path, revision=revision, token=token)
         described = loading.describe(source)
         with torch.device("meta"):
-            model = cls(described.cfg, tokenizer=tokenizer or loading.tokenizer_of(source), seed=None)
+            model = cls(described.cfg, seed=None)
+        model.tokenizer = loading.tokenizer_of(source) if tokenizer is None else tokenizer
         model.source, model.hf_config = source.name, described.hf_config
         loading.give_weights(model, source, described, device=device, dtype=dtype, device_map=device_map)
         return model.eval()

@@ -1,7 +1,9 @@
 """Models without a checkpoint: built from a config, initialised, trained with plain torch, saved and loaded."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +152,11 @@ def test_training_through_hooks(model_type: str) -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [{"n_key_value_heads": 3}, {"d_mlp": -1}, {"n_layers": 0}, {"d_model": 8.0}])
+def test_sizes_that_describe_no_model(sizes: dict[str, Any], tiny: Callable[..., lk.HookedTransformer]) -> None:
+    cfg = tiny("llama").cfg
+    with pytest.raises(lk.errors.ConfigError, match="LlamaConfig describes no model") as refused:
+        dataclasses.replace(cfg, **sizes)
+    assert all(f"{name}={size!r}" in refused.value.got for name, size in sizes.items())

@@ -6,7 +6,7 @@ the same for all of them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lenskit.errors import HookConflictError, InputError
+from lenskit.errors import ConfigError, HookConflictError, InputError
 from lenskit.hooks import HookPoint
 from lenskit.modules.attention import Attention, HeadInputs
 from lenskit.modules.forward_pass import ForwardPass
@@ -53,6 +53,19 @@ class DecoderConfig(ABC):
     eps: float
     tie_embeddings: bool
     init_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith(("d_", "n_"))}
+        wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+        if not wrong and self.n_heads % self.n_key_value_heads:
+            wrong = {name: sizes[name] for name in ("n_heads", "n_key_value_heads")}
+        if wrong:
+            raise ConfigError(
+                f"{type(self).__name__} describes no model",
+                got=", ".join(f"{name}={size!r}" for name, size in wrong.items()),
+                expected="whole numbers from 1 on, and n_key_value_heads a divisor of n_heads",
+                fix="correct these sizes",
+            )
 
     @classmethod
     @abstractmethod
