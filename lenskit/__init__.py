@@ -4,18 +4,37 @@ from lenskit import errors
 from lenskit.cache import ActivationCache
 from lenskit.checkpoints.write import convert, export
 from lenskit.errors import LenskitError
+from lenskit.generation import Generation
 from lenskit.hooks import HookPoint
-from lenskit.transformer import HookedTransformer, Result
+from lenskit.interventions.expressions import Act
+from lenskit.interventions.forward import Past, Result
+from lenskit.interventions.functions import rand, rand_like, randn, randn_like
+from lenskit.interventions.ops import Add, Save, Scale, Set, Stop
+from lenskit.interventions.plan import Plan
+from lenskit.transformer import HookedTransformer
 from lenskit.version import __version__
 
 __all__ = [
+    "Act",
     "ActivationCache",
+    "Add",
+    "Generation",
     "HookPoint",
     "HookedTransformer",
     "LenskitError",
+    "Past",
+    "Plan",
     "Result",
+    "Save",
+    "Scale",
+    "Set",
+    "Stop",
     "__version__",
     "convert",
     "errors",
     "export",
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
 ]

@@ -17,6 +17,16 @@ LenskitError
 │   ├── AxisError                an axis that a hook point does not have
 │   ├── ReplacementError         a replacement of another type, shape, dtype or device
 │   └── HookConflictError        two hooks of which one would be without effect
+├── PlanError                    interventions that cannot be carried out; found before anything runs
+│   ├── SelectorError            prompts, tokens, heads or dims that are not there
+│   ├── StepError                steps that the generation does not have
+│   ├── ValueFitError            a value whose shape or dtype does not fit what it is put into
+│   ├── DependencyError          a value that would be needed before it exists
+│   ├── WithoutEffectError       an op that would never run, or whose result could not be told apart
+│   ├── ExpressionError          something that an expression cannot do
+│   └── PlanFormatError          data that is no plan, or a plan that cannot be written as data
+├── NotSavedError                a value that was asked for and never saved
+├── GenerationError              options of `generate` that make no sense or are not supported
 └── MissingExtraError            an optional dependency that is not installed
 """
 
@@ -110,6 +120,48 @@ class ReplacementError(HookError, ValueError):
 
 class HookConflictError(HookError):
     """Two hooks of which one would be without effect."""
+
+
+class PlanError(LenskitError):
+    """Interventions that cannot be carried out."""
+
+
+class SelectorError(PlanError, ValueError):
+    """Prompts, tokens, heads or dims that are not there."""
+
+
+class StepError(PlanError, ValueError):
+    """Steps that the generation does not have."""
+
+
+class ValueFitError(PlanError, ValueError):
+    """A value whose shape or dtype does not fit what it is put into."""
+
+
+class DependencyError(PlanError):
+    """A value that would be needed before it exists."""
+
+
+class WithoutEffectError(PlanError):
+    """An op that would never run, or whose result could not be told apart from another's."""
+
+
+class ExpressionError(PlanError, TypeError):
+    """Something that an expression cannot do."""
+
+
+class PlanFormatError(PlanError, ValueError):
+    """Data that is no plan, or a plan that cannot be written as data."""
+
+
+class NotSavedError(LenskitError, KeyError):
+    """A value that was asked for and never saved."""
+
+    __str__ = Exception.__str__
+
+
+class GenerationError(LenskitError, ValueError):
+    """Options of `generate` that make no sense or are not supported."""
 
 
 class MissingExtraError(LenskitError, ImportError):

@@ -6,10 +6,11 @@ business of scopes (`interventions/scope.py`), never of the model.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock, get_ident
-from typing import Any, Literal
+from threading import Lock, get_ident, local
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,36 @@ from lenskit.errors import AxisError, HookError, ReplacementError
 _LOCK = Lock()
 
 HookFunction = Callable[[Tensor, "HookPoint"], Tensor | None]
-Kind = Literal["read", "edit", "grad"]
+Kind = Literal["read", "edit", "grad", "plan"]
+
+
+class Pass(Protocol):
+    """What a function on a point may ask of the pass that it runs in; `HookPoint`'s properties say what each is."""
+
+    step: int
+    prompts: Sequence[int] | None
+    positions: Tensor
+    mask: Tensor | None
+
+
+class _Thread(local):
+    """What this thread is doing: the pass under way, and how many `hooks_off` blocks it is in."""
+
+    run: Pass | None = None
+    blocks_off: int = 0
+
+
+THREAD = _Thread()
+
+
+@contextmanager
+def hooks_off() -> Iterator[None]:
+    """A `with` block in which nothing that is attached to any point runs in this thread."""
+    THREAD.blocks_off += 1
+    try:
+        yield
+    finally:
+        THREAD.blocks_off -= 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +58,8 @@ class Attachment:
 
     kind: "read" sees the activation itself and replaces nothing; "edit" gets a copy of its own, and what it
     returns (or, returning None, has made of the copy) goes on through the model; "grad" does the same to
-    the gradient.
+    the gradient; "plan" gets the activation itself and returns what goes on, and sees to it by itself that the
+    one is left alone and the other fits.
     """
 
     function: HookFunction
@@ -44,6 +75,7 @@ class HookPoint(nn.Module):
         swapped: two of them that lie the other way round in the tensor that flows through the model; functions
             on the point still see `axes`.
         on_demand: computed, and cached, only when asked for by name.
+        statistic: float32 at least, whatever the dtype of the stream.
         sizes: lengths of the axes that do not depend on the input, e.g. `head=8, d_head=16`.
     """
 
@@ -51,12 +83,18 @@ class HookPoint(nn.Module):
     name: str
 
     def __init__(
-        self, axes: str, *, swapped: tuple[str, str] | None = None, on_demand: bool = False, **sizes: int
+        self,
+        axes: str,
+        *,
+        swapped: tuple[str, str] | None = None,
+        on_demand: bool = False,
+        statistic: bool = False,
+        **sizes: int,
     ) -> None:
         super().__init__()
         self.axes = tuple(axes.split())
         self.sizes = {"1": 1, **sizes}
-        self.on_demand = on_demand
+        self.on_demand, self.statistic = on_demand, statistic
         self.name = ""  # its path in the model, written by the model once it is built
         self.attachments = None  # None rather than an empty tuple: the cheapest check there is
         self.swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
@@ -83,6 +121,8 @@ class HookPoint(nn.Module):
         attachments = self.attachments or ()
         if torch.compiler.is_compiling():
             return attachments
+        if THREAD.blocks_off:
+            return ()
         thread = get_ident()
         return tuple([attachment for attachment in attachments if attachment.thread == thread])
 
@@ -91,6 +131,40 @@ class HookPoint(nn.Module):
         """The block that the point belongs to; None for those of the embedding and the output."""
         head, _, rest = self.name.partition(".")
         return int(rest.partition(".")[0]) if head == "blocks" else None
+
+    @property
+    def step(self) -> int:
+        """Which pass of a generation is running: 0 is the prompt's, and any other that generates nothing.
+
+        Raises:
+            HookError: nothing is running here, or what is has been compiled. So do the three below.
+        """
+        return self._pass("step").step
+
+    @property
+    def prompts(self) -> list[int]:
+        """The rows' numbers in the batch that the user gave."""
+        return list(self._pass("prompts").prompts or ())
+
+    @property
+    def positions(self) -> Tensor:
+        """[rows pos]: where in its sequence each token of the pass is, from 0; one row if all rows are alike."""
+        return self._pass("positions").positions
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[batch pos]: which tokens of the pass are a row's own, and not padding; None where nothing is padded."""
+        return self._pass("mask").mask
+
+    def _pass(self, attribute: str) -> Pass:
+        if THREAD.run is None:
+            raise HookError(
+                f"hook.{attribute} of {self.name!r} cannot be told",
+                got="no pass that is running in this thread, or one that torch.compile made a graph of",
+                expected="to be asked by a function on the point, while a model that is not compiled runs",
+                fix="read it inside the function and keep what is needed; do not compile the model for this",
+            )
+        return THREAD.run
 
     def axis(self, name: str) -> int:
         """Position of an axis.
@@ -172,7 +246,7 @@ def _apply_attached(point: HookPoint, x: Tensor) -> Tensor:
     for attachment in point.here():
         try:
             value = _APPLY[attachment.kind](attachment.function, value, point)
-        except Exception as error:
+        except BaseException as error:  # an interrupt as well
             error.add_note(f"in a hook on {point.name!r}, whose activation is {_describe(value)}")
             raise
     return value.transpose(*point.swap) if point.swap else value
@@ -200,15 +274,30 @@ def _grad(function: HookFunction, x: Tensor, hook: HookPoint) -> Tensor:
             fix="run outside torch.no_grad(), with model.requires_grad_(True)",
         )
     x = x.view_as(x)  # a node of its own, so that only what passes through this point is counted
+    run = THREAD.run
 
-    x.register_hook(lambda grad: _edit(function, grad, hook))
+    def edit(grad: Tensor) -> Tensor:  # backward: after the pass, and perhaps in a thread of autograd's
+        outer, THREAD.run = THREAD.run, run
+        try:
+            return _edit(function, grad, hook)
+        finally:
+            THREAD.run = outer
+
+    x.register_hook(edit)
     return x
+
+
+def _plan(function: HookFunction, x: Tensor, hook: HookPoint) -> Tensor:
+    result = function(x, hook)
+    assert result is not None
+    return result
 
 
 _APPLY: dict[str, Callable[[HookFunction, Tensor, HookPoint], Tensor]] = {
     "read": _read,
     "edit": _edit,
     "grad": _grad,
+    "plan": _plan,
 }
 
 

@@ -28,13 +28,21 @@ class Batch(NamedTuple):
     mask: Bool[Tensor, "batch pos"] | None = None
 
 
-def to_batch(given: Input, *, d_vocab: int, tokenizer: "PreTrainedTokenizerBase | None", device: torch.device) -> Batch:
+def to_batch(
+    given: Input,
+    *,
+    d_vocab: int,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    device: torch.device,
+    special_tokens: bool = True,
+) -> Batch:
     """A batch from anything a user may give. Ids are used as given; rows of unequal length are padded on the left.
 
     Args:
         d_vocab: ids must be below it.
-        tokenizer: for text; adds the special tokens that it is configured to add.
+        tokenizer: for text.
         device: where the batch goes.
+        special_tokens: whether the tokenizer adds those that it is configured to add.
 
     Raises:
         InputError: nothing to process, text without a tokenizer, or ids that are no ids of this model.
@@ -46,14 +54,16 @@ def to_batch(given: Input, *, d_vocab: int, tokenizer: "PreTrainedTokenizerBase 
     elif isinstance(given, Mapping):
         batch = _from_encoding(given)
     else:
-        batch = _pad(_rows(given, tokenizer))
+        batch = _pad(_rows(given, tokenizer, special_tokens))
     if torch.compiler.is_compiling():
         return batch
     _check_ids(batch.tokens, d_vocab)
     return Batch(batch.tokens.to(device), None if batch.mask is None else batch.mask.to(device))
 
 
-def _rows(given: str | Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None") -> list[list[int]]:
+def _rows(
+    given: str | Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None", special_tokens: bool = True
+) -> list[list[int]]:
     """Each prompt's ids."""
     if not isinstance(given, Sequence):
         raise _refused(f"a {type(given).__name__}", "text, token ids, or a list of either")
@@ -68,7 +78,7 @@ def _rows(given: str | Sequence[Any], tokenizer: "PreTrainedTokenizerBase | None
                 expected="token ids",
                 fix="pass ids, or set model.tokenizer to a Hugging Face tokenizer",
             )
-        rows: list[list[int]] = tokenizer(prompts)["input_ids"]
+        rows: list[list[int]] = tokenizer(prompts, add_special_tokens=special_tokens)["input_ids"]
     else:
         rows = [_ids(prompt) for prompt in prompts]
     for index, row in enumerate(rows):
@@ -118,6 +128,22 @@ def _as_numbers(mask: Any) -> list[Any]:
     """A mask as (nested) lists of 0 and 1, whatever its entries are."""
     mask = mask.tolist() if isinstance(mask, torch.Tensor) else mask
     return [[int(bool(m)) for m in row] if isinstance(row, Sequence) else int(bool(row)) for row in mask]
+
+
+def stream_batch(stream: Any, mask: Tensor | None, *, d_model: int) -> Batch:
+    """A residual stream [batch pos d_model] in the place of ids.
+
+    Raises:
+        InputError: it is none of this model, or the mask does not fit.
+    """
+    if not (isinstance(stream, torch.Tensor) and stream.dim() == 3 and stream.shape[2] == d_model):
+        raise InputError(
+            "start_at_layer takes the residual stream",
+            got=f"a tensor {tuple(stream.shape)}" if isinstance(stream, torch.Tensor) else repr(stream),
+            expected=f"a tensor [batch pos {d_model}], as cache['resid_pre', layer] is",
+            fix="pass the stream that enters that layer, or leave start_at_layer out",
+        )
+    return Batch(stream, None if mask is None else with_mask(stream[..., 0], mask.to(stream.device)).mask)
 
 
 def with_mask(tokens: Tensor, mask: Tensor) -> Batch:

@@ -1,8 +1,7 @@
 """`HookedTransformer`: the front door. A decoder with a tokenizer and the users' verbs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,31 +14,25 @@ from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.devices import Device
 from lenskit.checkpoints.source import find
 from lenskit.errors import InputError
+from lenskit.generation import Generation, Generator, Step, checked_length, left_padded, repeated
 from lenskit.hooks import HookPoint
-from lenskit.inputs import Batch, Input, to_batch, with_mask
-from lenskit.interventions.scope import Hook, attached, on_points, on_sites
+from lenskit.inputs import Batch, Input, stream_batch, to_batch, with_mask
+from lenskit.interventions.forward import Past, Result, check_one_pass, forward, geometry_of, prefill
+from lenskit.interventions.ops import Hook, Op
+from lenskit.interventions.plan import Plan
+from lenskit.interventions.program import Program
+from lenskit.interventions.scope import attached, on_points, on_sites
 from lenskit.interventions.sites import Site, resolve
 from lenskit.models.base import Decoder, DecoderConfig, init_weights
 from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
+from lenskit.sampling import CHOICES, default_eos, sampling_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Result:
-    """What `run_with_hooks` returns.
-
-    logits: [batch pos d_vocab] (or the stream [batch pos d_model], if stopped at a layer).
-    tokens: [batch pos], left-padded where prompts differ in length.
-    mask: [batch pos], True for a row's own tokens; None where nothing is padded.
-    """
-
-    logits: Tensor
-    tokens: Tensor
-    mask: Tensor | None
-    saved: dict[str, Any] = field(default_factory=dict)
+Hooks = Plan | Sequence[Op | Hook]  # what `hooks=` takes
 
 
 class HookedTransformer(WeightAccess, Decoder):
@@ -58,6 +51,7 @@ class HookedTransformer(WeightAccess, Decoder):
         self.tokenizer = tokenizer
         self.source = "new weights"  # what a saved checkpoint's manifest says they come from
         self.hf_config: dict[str, Any] | None = None
+        self.generation_config: dict[str, Any] = {}  # the checkpoint's, of which `generate` reads what ends a row
         if seed is not None:
             init_weights(self, seed)
 
@@ -95,6 +89,7 @@ class HookedTransformer(WeightAccess, Decoder):
             model = cls(described.cfg, seed=None)
         model.tokenizer = loading.tokenizer_of(source) if tokenizer is None else tokenizer
         model.source, model.hf_config = source.name, described.hf_config
+        model.generation_config = loading.generation_config_of(source)
         loading.give_weights(model, source, described, device=device, dtype=dtype, device_map=device_map)
         return model.eval()
 
@@ -112,6 +107,7 @@ class HookedTransformer(WeightAccess, Decoder):
             hf_config=self.hf_config,
             tokenizer=self.tokenizer,
             source=self.source,
+            generation_config=self.generation_config,
         )
 
     # -- text
@@ -171,40 +167,47 @@ class HookedTransformer(WeightAccess, Decoder):
     def run_with_hooks(
         self,
         input: Input,
-        hooks: Sequence[Hook] = (),
+        hooks: Hooks = (),
         *,
         bwd_hooks: Sequence[Hook] = (),
         mask: Tensor | None = None,
+        past: Past | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> Result:
         """One forward pass with hooks, which leave with it.
 
         Args:
-            hooks: (site, function) pairs, run in list order. A site is a hook point's name, a glob, a predicate on
-                names, or a list. The function gets a copy of the activation and the `HookPoint`; what it returns,
-                or has made of the copy if it returns None, goes on through the model.
-            bwd_hooks: the same for gradients, which run when somebody calls backward on what comes of the result.
+            hooks: ops (`lk.Save`, `lk.Set`, `lk.Add`, `lk.Scale`, `lk.Stop`) and (site, function) pairs, run in list
+                order, or a `lk.Plan` of these. A site is a hook point's name, a glob, a predicate on names, or a list.
+                A function gets a copy of the activation and the `HookPoint`; what it returns, or has made of the copy
+                if it returns None, goes on through the model.
+            bwd_hooks: (site, function) pairs for gradients, which run when somebody calls backward on what comes of
+                the result.
+            past: what `prefill` returned: the input continues it.
             input, mask, start_at_layer, stop_at_layer: as `forward`'s.
 
         Raises:
-            UnknownHookPointError: a site matches nothing; nothing runs then.
+            PlanError, HookError: an op cannot be carried out, a site matches nothing; nothing runs then.
             ReplacementError: a function returned something of another shape, dtype or device.
         """
-        batch = self._batch(input, mask, start_at_layer)
-        points = self._points_that_run(start_at_layer, stop_at_layer)
-        with attached(on_sites(hooks, points, "edit") + on_sites(bwd_hooks, points, "grad")):
-            logits = self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
-        return Result(logits, *batch)
+        batch = self._batch(input, mask, start_at_layer, past)
+        points = self.points_between(start_at_layer, stop_at_layer)
+        program = self._plan(hooks, batch, past, points)
+        gradients = on_sites(bwd_hooks, points, "grad")
+        layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
+        return forward(self, batch, program, past=past, behind=gradients, **layers)
 
     def run_with_cache(
         self,
         input: Input,
         names: Site | None = None,
         *,
+        hooks: Hooks = (),
         device: Device | None = None,
         grad: bool = False,
         mask: Tensor | None = None,
+        past: Past | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
     ) -> tuple[Tensor, ActivationCache]:
@@ -212,27 +215,122 @@ class HookedTransformer(WeightAccess, Decoder):
 
         Args:
             names: which points: a name, glob, predicate or list; None for all but the on-demand ones.
+            hooks: interventions, as `run_with_hooks`'s; the cache holds what they make of the activations.
             device: where the cache keeps its tensors; None for where they are.
             grad: keep activations in the autograd graph; without it the pass runs under no_grad.
-            input, mask, start_at_layer, stop_at_layer: as `forward`'s.
+            input, mask, past, start_at_layer, stop_at_layer: as `run_with_hooks`'s.
 
         Raises:
             UnknownHookPointError: `names` matches nothing.
+            PlanError, HookError: see `run_with_hooks`.
         """
         kept: dict[str, Tensor] = {}
 
         def keep(activation: Tensor, hook: HookPoint) -> None:
             kept[hook.name] = activation if device is None else activation.to(device)
 
-        batch = self._batch(input, mask, start_at_layer)
-        running = self._points_that_run(start_at_layer, stop_at_layer)
-        if names is None:
-            points = [point for point in running.values() if not point.on_demand]
-        else:
-            points = resolve(names, running)
-        with nullcontext() if grad else torch.no_grad(), attached(on_points(points, keep, "read")):
-            logits = self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
-        return logits, ActivationCache(kept, n_layers=self.cfg.n_layers, mask=batch.mask)
+        batch = self._batch(input, mask, start_at_layer, past)
+        running = self.points_between(start_at_layer, stop_at_layer)
+        everything = [point for point in running.values() if not point.on_demand]
+        points = everything if names is None else resolve(names, running)
+        program = self._plan(hooks, batch, past, running)
+        check_one_pass(program, "a cache is of one forward pass")
+        layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
+        reads = on_points(points, keep, "read")
+        with nullcontext() if grad else torch.no_grad():
+            result = forward(self, batch, program, past=past, behind=reads, **layers)
+        return result.logits, ActivationCache(kept, n_layers=self.cfg.n_layers, mask=batch.mask)
+
+    def prefill(self, input: Input, hooks: Hooks = (), *, mask: Tensor | None = None, past: Past | None = None) -> Past:
+        """Process tokens once, so that any number of later calls may start after them (`past=`), all unharmed.
+
+        Args:
+            input: one prompt, which all rows of later calls share, or several, one for each row.
+            hooks: as `run_with_hooks`'s; what they do to keys and values stays, what they save is in `.saved`.
+            mask: as `forward`'s.
+            past: what `input` continues.
+
+        Raises:
+            PlanError, HookError, InputError: see `run_with_hooks`.
+        """
+        batch = left_padded(self._batch(input, mask, None, past))
+        return prefill(self, batch, self._plan(hooks, batch, past, self.hook_points), past)
+
+    def generate(
+        self,
+        prompts: Input,
+        *,
+        max_new_tokens: int | None = None,
+        hooks: Hooks = (),
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        num_return_sequences: int | None = None,
+        seed: int | None = None,
+        past: Past | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        streamer: Any = None,
+        progress: bool | None = None,
+        return_logits: bool = False,
+        mask: Tensor | None = None,
+        **unsupported: Any,
+    ) -> Generation:
+        """Continue prompts token by token, with hooks that may differ from step to step.
+
+        Step 0 processes the prompts and yields the first new token, step k processes new token k alone;
+        `max_new_tokens=N` is N steps. Runs under no_grad.
+
+        Args:
+            prompts: as `forward`'s input; rows of any lengths.
+            hooks: as `run_with_hooks`'s; `steps=` says at which steps an op is live, every step if left out.
+            do_sample: draw tokens; without it the likeliest is taken.
+            temperature, top_k, top_p, min_p: how they are drawn, by Hugging Face's logits processors.
+            repetition_penalty: above 1 makes tokens that a row holds less likely.
+            eos_token_id: ids that end a row; the checkpoint's own if None, none if [].
+            stop_strings: texts that end a row.
+            num_return_sequences: rows a prompt, next to each other; `prompts=` of ops counts rows.
+            seed: of this generation's random numbers; None draws from torch's global generator.
+            past: what `prefill` returned. The prompts continue it: text is tokenised without special tokens.
+            logits_processor, stopping_criteria: Hugging Face's objects, one or a list.
+            generation_config: Hugging Face's; options given here go before its own.
+            streamer: Hugging Face's, told of the prompt and of every token.
+            progress: a progress bar; None shows one at a terminal if it takes more than a second.
+            return_logits: keep the logits of each new token, and its log-probability.
+            mask: as `forward`'s.
+            unsupported: refused, each with what to do instead.
+
+        Raises:
+            GenerationError: an option that makes no sense or is not supported.
+            PlanError, HookError, InputError: see `run_with_hooks`. Nothing runs then.
+        """
+        given = {name: value for name, value in locals().items() if name in CHOICES}
+        options = {**given, **unsupported}
+        return self._generator(options, prompts, hooks, mask, past, streamer, progress, return_logits).run()
+
+    def generate_steps(
+        self,
+        prompts: Input,
+        *,
+        hooks: Hooks = (),
+        past: Past | None = None,
+        streamer: Any = None,
+        return_logits: bool = False,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """`generate`, one step at a time: each `Step` has its tokens and what was saved in it, as soon as it ran.
+
+        Everything is checked at the call. Between steps nothing is attached to the model; the iterator may be left or
+        closed at any moment. Arguments as `generate`'s.
+        """
+        return self._generator(options, prompts, hooks, mask, past, streamer, False, return_logits).steps()
 
     def hooks(self, hooks: Sequence[Hook] = (), *, bwd_hooks: Sequence[Hook] = ()) -> AbstractContextManager[None]:
         """A `with` block in which every forward pass of this thread runs with these hooks; they leave with it."""
@@ -255,28 +353,48 @@ class HookedTransformer(WeightAccess, Decoder):
         """Where the embedding is, and so where inputs go."""
         return self.embed.weight.device
 
-    def _points_that_run(self, start: int | None, stop: int | None) -> dict[str, HookPoint]:
-        """The hook points of a pass over some of the layers; a hook anywhere else would be without effect."""
-        if start is None and stop is None:
-            return self.hook_points
-        blocks = range(self._layer(start, 0), self._layer(stop, len(self.blocks)))
-        before, after = start is None, stop is None
-        ends = {point.name: before if "embed" in point.name else after for point in self.hook_points.values()}
-        return {
-            name: point
-            for name, point in self.hook_points.items()
-            if (ends[name] if point.layer is None else point.layer in blocks)
-        }
+    def _plan(
+        self, hooks: Hooks, batch: Batch, past: Past | None, points: Mapping[str, HookPoint], n_steps: int | None = None
+    ) -> Program:
+        """Hooks as a program for a batch: everything about them is checked."""
+        plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
+        return plan.compile(self, points, geometry_of(batch, past), n_steps=n_steps)
 
-    def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None) -> Batch:
+    def _generator(
+        self,
+        options: dict[str, Any],
+        prompts: Input,
+        hooks: Hooks,
+        mask: Tensor | None,
+        past: Past | None,
+        streamer: Any,
+        show: bool | None,
+        return_logits: bool,
+    ) -> Generator:
+        """A generation with everything checked."""
+        config = options.pop("generation_config", None)
+        eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
+        sampling, n_steps, copies = sampling_from(options, config, {"eos_token_id": eos})
+        sampling.check(self.cfg.d_vocab)
+        batch = repeated(left_padded(self._batch(prompts, mask, None, past)), copies)
+        n_steps = checked_length(self, batch, past, n_steps)
+        pad = next(id for id in (self.tokenizer and self.tokenizer.pad_token_id, *eos, 0) if id is not None)
+        return Generator(
+            model=self,
+            batch=batch,
+            program=self._plan(hooks, batch, past, self.hook_points, n_steps),
+            chooser=sampling.chooser(tokenizer=self.tokenizer, device=batch.tokens.device, pad=pad),
+            past=past,
+            streamer=streamer,
+            show=show,
+            return_logits=return_logits,
+            decode=None if self.tokenizer is None else self.to_string,
+        )
+
+    def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None, past: Past | None = None) -> Batch:
         if start_at_layer is not None:
-            if not (isinstance(input, torch.Tensor) and input.dim() == 3 and input.shape[2] == self.cfg.d_model):
-                raise InputError(
-                    "start_at_layer takes the residual stream",
-                    got=f"a tensor {tuple(input.shape)}" if isinstance(input, torch.Tensor) else repr(input),
-                    expected=f"a tensor [batch pos {self.cfg.d_model}], as cache['resid_pre', layer] is",
-                    fix="pass the stream that enters that layer, or leave start_at_layer out",
-                )
-            return Batch(input, None if mask is None else with_mask(input[..., 0], mask.to(input.device)).mask)
-        batch = self.to_tokens(input)
+            return stream_batch(input, mask, d_model=self.cfg.d_model)
+        batch = to_batch(
+            input, d_vocab=self.cfg.d_vocab, tokenizer=self.tokenizer, device=self.device, special_tokens=past is None
+        )
         return batch if mask is None else with_mask(batch.tokens, mask.to(batch.tokens.device))

@@ -36,6 +36,8 @@ LAYERS = [
     ["inputs"],
     ["cache"],
     ["interventions"],
+    ["choosing", "sampling"],
+    ["generation"],
     ["transformer"],
     ["analysis"],
     ["viz"],
@@ -179,7 +181,9 @@ BUILT_IN = {
     "InputError": ValueError, "ConfigError": ValueError, "CheckpointNotFoundError": FileNotFoundError,
     "HubError": OSError, "MissingTensorError": KeyError, "TensorShapeError": ValueError,
     "UnknownHookPointError": KeyError, "AxisError": ValueError, "ReplacementError": ValueError,
-    "MissingExtraError": ImportError,
+    "MissingExtraError": ImportError, "SelectorError": ValueError, "StepError": ValueError, "ValueFitError": ValueError,
+    "ExpressionError": TypeError, "PlanFormatError": ValueError, "NotSavedError": KeyError,
+    "GenerationError": ValueError,
 }  # fmt: skip
 
 

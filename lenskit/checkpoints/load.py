@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lenskit.checkpoints.devices import Device, device_of, dispatch, places
 from lenskit.checkpoints.files import TensorFiles
-from lenskit.checkpoints.source import Source, read_json
+from lenskit.checkpoints.source import GENERATION_CONFIG, Source, read_json
 from lenskit.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -290,3 +290,13 @@ def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
             fix="pass tokenizer=..., repair its files, or remove them for a model that takes ids only",
         ) from error
     return tokenizer
+
+
+def generation_config_of(source: Source) -> dict[str, Any]:
+    """The folder's generation_config.json; empty where there is none.
+
+    Raises:
+        CorruptCheckpointError: it is no JSON object.
+    """
+    path = source.folder / GENERATION_CONFIG
+    return read_json(path) if path.exists() else {}

@@ -15,6 +15,7 @@ from lenskit.extras import load
 EMBEDDED = Path(__file__).parent.parent / "demo_checkpoints"
 MANIFEST = "lenskit.json"  # marks a checkpoint that lenskit wrote
 FORMAT = 1  # of the manifest
+GENERATION_CONFIG = "generation_config.json"  # which tokens end a row, and how its makers would draw them
 COMPANIONS = (  # what goes with the weights from folder to folder, besides the config
     "tokenizer*",
     "special_tokens_map.json",
@@ -25,7 +26,7 @@ COMPANIONS = (  # what goes with the weights from folder to folder, besides the 
     "spiece.model",
     "chat_template*",
     "additional_chat_templates/*",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 HUB_SECONDS = 10  # for the hub's first answer
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lenskit.checkpoints.load import Described, Weights, describe, matched
-from lenskit.checkpoints.source import COMPANIONS, FORMAT, MANIFEST, Source, find
+from lenskit.checkpoints.source import COMPANIONS, FORMAT, GENERATION_CONFIG, MANIFEST, Source, find
 from lenskit.errors import CheckpointError, InputError, LenskitError
 from lenskit.extras import load
 from lenskit.models.base import Decoder, DecoderConfig, Family
@@ -88,6 +88,7 @@ def save(
     hf_config: dict[str, Any] | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: str,
+    generation_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model in memory as a lenskit checkpoint.
 
@@ -95,12 +96,28 @@ def save(
         parameters: ours, by name.
         hf_config: what Hugging Face's config said, for a later export; None to derive it from `cfg`.
         source: what the manifest says the weights come from.
+        generation_config: for generation_config.json; None or empty for none.
 
     Raises:
         CheckpointError: `dest` is in the way, or cannot be written.
         InputError: there are no weights here to write.
     """
     ours = [name for placement in family.weights(cfg).placements() for name in placement.ours]
+    _check_here(ours, parameters)
+    dtype = str(parameters[ours[0]].dtype).removeprefix("torch.")
+    described = Described(family, cfg, {**(hf_config or _hf_config(family, cfg, tokenizer)), "dtype": dtype})
+    described.hf_config.pop("torch_dtype", None)  # the old name of "dtype"
+    with new_folder(Path(dest)) as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if generation_config:
+            _write_json(folder / GENERATION_CONFIG, generation_config)
+        tensors = [(name, partial(_on_cpu, parameters[name])) for name in ours]
+        _write_lenskit(folder, described, tensors, source=source, revision=None)
+    return Path(dest)
+
+
+def _check_here(ours: list[str], parameters: Mapping[str, Tensor]) -> None:
     absent = [name for name in ours if parameters[name].is_meta]
     if absent:
         raise InputError(
@@ -109,15 +126,6 @@ def save(
             expected="weights in memory",
             fix="load it without device='meta' and without offload; `lenskit convert` copies a checkpoint as it is",
         )
-    dtype = str(parameters[ours[0]].dtype).removeprefix("torch.")
-    described = Described(family, cfg, {**(hf_config or _hf_config(family, cfg, tokenizer)), "dtype": dtype})
-    described.hf_config.pop("torch_dtype", None)  # the old name of "dtype"
-    with new_folder(Path(dest)) as folder:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        tensors = [(name, partial(_on_cpu, parameters[name])) for name in ours]
-        _write_lenskit(folder, described, tensors, source=source, revision=None)
-    return Path(dest)
 
 
 def _hf_config(family: Family, cfg: DecoderConfig, tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any]:

@@ -6,9 +6,8 @@ from threading import get_ident
 
 from lenskit.errors import HookError
 from lenskit.hooks import Attachment, HookFunction, HookPoint, Kind, attach, detach
-from lenskit.interventions.sites import Site, resolve
-
-Hook = tuple[Site, HookFunction]
+from lenskit.interventions.ops import Function, Hook, as_ops
+from lenskit.interventions.sites import resolve
 
 
 @contextmanager
@@ -38,13 +37,13 @@ def on_sites(hooks: Sequence[Hook], points: Mapping[str, HookPoint], kind: Kind)
         UnknownHookPointError: a site matches nothing.
     """
     found: list[tuple[HookPoint, Attachment]] = []
-    for index, hook in enumerate(hooks):
-        if not (isinstance(hook, tuple) and len(hook) == 2 and callable(hook[1])):
+    for index, op in enumerate(as_ops(hooks)):
+        if not isinstance(op, Function):
             raise HookError(
-                f"hooks[{index}] is not a hook",
-                got=repr(hook),
-                expected="a pair (name, glob or predicate; function of (activation, hook)); hooks is a list of them",
-                fix='write hooks=[("blocks.0.attn.hook_v", lambda act, hook: act * 0)]',
+                f"hooks[{index}] is not a function",
+                got=f"{op!r}, which is about one run",
+                expected="pairs (name, glob or predicate; function of (activation, hook))",
+                fix="pass it to run_with_hooks, run_with_cache or generate",
             )
-        found += on_points(resolve(hook[0], points), hook[1], kind)
+        found += on_points(resolve(op.at, points), op.function, kind)
     return found

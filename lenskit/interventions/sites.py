@@ -38,10 +38,15 @@ def _matches(site: Site, points: Mapping[str, HookPoint]) -> Set[str]:
             return _glob(pattern, tuple(points)) or _no_match(repr(site), points, near=site)
         return _no_match(repr(site), points, near=site)
     if callable(site):
-        return {name for name in points if site(name)} or _no_match(f"predicate {_name(site)}", points)
+        return {name for name in points if site(name)} or _no_match(describe(site), points)
     if isinstance(site, Iterable):
         return {name for entry in site for name in _matches(entry, points)} or _no_match("an empty list", points)
     return _no_match(f"{site!r} (a {type(site).__name__})", points)
+
+
+def describe(site: Site) -> str:
+    """The site as text, for messages."""
+    return f"predicate {getattr(site, '__qualname__', site)}" if callable(site) else repr(site)
 
 
 @lru_cache(maxsize=256)  # a script asks the same of every prompt
@@ -68,7 +73,3 @@ def _no_match(what: str, points: Mapping[str, HookPoint], near: str | None = Non
         expected=f"one of the {len(points)} points that run, such as {', '.join(close) or last}",
         fix="model.hook_names() lists them; globs (blocks.*.hook_q) and negative layers (blocks.-1) work too",
     )
-
-
-def _name(function: Callable[..., object]) -> str:
-    return str(getattr(function, "__qualname__", function))

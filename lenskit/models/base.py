@@ -5,7 +5,7 @@ the same for all of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Self
@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lenskit.errors import ConfigError, HookConflictError, InputError
-from lenskit.hooks import HookPoint
+from lenskit.hooks import THREAD, HookPoint
 from lenskit.modules.attention import Attention, HeadInputs
 from lenskit.modules.forward_pass import ForwardPass
+from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import Embed, LearnedPositions, Unembed
 from lenskit.modules.mlp import FeedForward
 from lenskit.modules.module import Identity, Module
@@ -216,7 +217,11 @@ class Decoder(Module):
         *,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
-    ) -> Float[Tensor, "batch pos d_vocab_or_d_model"]:
+        cache: KVCache | None = None,
+        step: int = 0,
+        prompts: Sequence[int] | None = None,
+        n_logits: int | None = None,
+    ) -> Float[Tensor, "batch _ d_vocab_or_d_model"]:
         """Logits [batch pos d_vocab], or the residual stream [batch pos d_model] if stopped before the end.
 
         Args:
@@ -224,17 +229,68 @@ class Decoder(Module):
             mask: True for a row's own tokens, False for (left) padding; None where nothing is padded.
             start_at_layer: the first block to run, from the stream given; negative counts from the end.
             stop_at_layer: the first block not to run; what would enter it is returned.
+            cache: the tokens before these, which are added to it; `mask` is still of these alone.
+            step: what hook functions read as `hook.step`.
+            prompts: what they read as `hook.prompts`; None for the rows' own numbers.
+            n_logits: logits of so many columns only, from the end: [batch n_logits d_vocab]; None for all.
+
+        Raises:
+            InputError: no such layer; a cache of another batch, or for a part of the layers.
         """
-        run = ForwardPass(tokens.shape[1], tokens.device, mask)
-        resid = self._enter(tokens, run) if start_at_layer is None else tokens
-        for block in islice(self.blocks, self._layer(start_at_layer, 0), self._layer(stop_at_layer, len(self.blocks))):
+        if cache is not None:
+            _check_cache(cache, tokens, whole=start_at_layer is None and stop_at_layer is None)
+        prompts = range(tokens.shape[0]) if prompts is None else prompts
+        run = ForwardPass(
+            tokens.shape[1], tokens.device, mask, cache=cache, step=step, prompts=prompts, n_logits=n_logits
+        )
+        layers = islice(self.blocks, self._layer(start_at_layer, 0), self._layer(stop_at_layer, len(self.blocks)))
+        if torch.compiler.is_compiling():  # a graph has no thread
+            return self._through(layers, tokens, run, enter=start_at_layer is None, leave=stop_at_layer is None)
+        outer, THREAD.run = THREAD.run, run
+        try:
+            return self._through(layers, tokens, run, enter=start_at_layer is None, leave=stop_at_layer is None)
+        finally:
+            THREAD.run = outer
+
+    def _through(
+        self, layers: Iterable[nn.Module], x: Tensor, run: ForwardPass, *, enter: bool, leave: bool
+    ) -> Float[Tensor, "batch _ d_vocab_or_d_model"]:
+        """The pass: from ids if it enters at the start, to logits if it leaves at the end."""
+        resid = self._enter(x, run) if enter else x
+        for block in layers:
             resid = block(resid, run)
-        if stop_at_layer is not None:
+        if not leave:
             return resid
-        return self.hook_logits(self.unembed(self.ln_final(resid)))
+        logits = self.hook_logits(self.unembed(self._last(resid, run)))
+        if run.cache is not None:
+            run.cache.advance(run.n_tokens, run.mask)  # not before: what fails on the way leaves the cache as it was
+        return logits
 
     def _enter(self, tokens: Int[Tensor, "batch pos"], run: ForwardPass) -> Float[Tensor, "batch pos d_model"]:
-        return self.pos_embed(self.hook_embed(self.embed(tokens)), run.positions, run.n_tokens)
+        return self.pos_embed(self.hook_embed(self.embed(tokens)), run.positions, run.n_keys)
+
+    def _last(self, resid: Float[Tensor, "batch pos d_model"], run: ForwardPass) -> Float[Tensor, "batch n d_model"]:
+        """What the unembedding reads: the final norm, of the columns that get logits."""
+        norm = self.ln_final
+        if run.n_logits is None or run.n_logits >= run.n_tokens:
+            return norm(resid)
+        first = run.n_tokens - run.n_logits
+        if isinstance(norm, Norm) and norm.hook_scale.attachments is None and norm.hook_normalized.attachments is None:
+            return norm(resid.narrow(1, first, run.n_logits))
+        return norm(resid).narrow(1, first, run.n_logits)  # somebody looks at all positions
+
+    def points_between(self, start: int | None, stop: int | None) -> dict[str, HookPoint]:
+        """The hook points of a pass from layer `start` to before layer `stop`: all of them where neither is given."""
+        if start is None and stop is None:
+            return self.hook_points
+        blocks = range(self._layer(start, 0), self._layer(stop, len(self.blocks)))
+        before, after = start is None, stop is None
+        ends = {point.name: before if "embed" in point.name else after for point in self.hook_points.values()}
+        return {
+            name: point
+            for name, point in self.hook_points.items()
+            if (ends[name] if point.layer is None else point.layer in blocks)
+        }
 
     def _layer(self, layer: int | None, default: int) -> int:
         n = len(self.blocks)
@@ -248,6 +304,23 @@ class Decoder(Module):
                 fix="count from 0, or from the end with negative numbers",
             )
         return layer % n if layer < 0 else layer
+
+
+def _check_cache(cache: KVCache, tokens: Tensor, *, whole: bool) -> None:
+    if not whole:
+        raise InputError(
+            "a key-value cache needs all layers",
+            got="a cache together with start_at_layer or stop_at_layer",
+            expected="one or the other: a part of the model would leave a cache of unequal layers",
+            fix="leave the cache out to run some of the layers",
+        )
+    if cache.n_rows not in (None, tokens.shape[0]):
+        raise InputError(
+            "the cache is of another batch",
+            got=f"{tokens.shape[0]} rows of tokens, for a cache of {cache.n_rows}",
+            expected="tokens that continue the rows of the cache, in their order",
+            fix="take the rows that go on with cache.branch(rows, capacity), or start with a new KVCache()",
+        )
 
 
 def init_weights(model: Decoder, seed: int) -> None:

@@ -102,7 +102,7 @@ class FusedQKV(QKV):
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor]:
         batch, pos, _ = x.shape
         heads = self.joined(x).view(batch, pos, 3, self.n_heads, self.d_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = heads.transpose(1, 3).unbind(2)
         return q, k, v
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,12 +124,16 @@ class Attention(Module):
     Args:
         scale: what q k^T is multiplied by.
         rotary: applied to queries and keys; None where positions enter elsewhere.
+        window: how many keys a query sees, itself included, counted back from it; None for all before it
+            (Beltagy et al. 2020, arXiv 2004.05150).
     """
 
-    def __init__(self, qkv: QKV, *, scale: float, bias: bool, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, qkv: QKV, *, scale: float, bias: bool, rotary: Rotary | None = None, window: int | None = None
+    ) -> None:
         super().__init__()
         d_model, n_heads, n_key_value_heads, d_head = qkv.d_model, qkv.n_heads, qkv.n_key_value_heads, qkv.d_head
-        self.scale = scale
+        self.scale, self.window = scale, window
         self.group = n_heads // n_key_value_heads  # query heads that read one key-value head
 
         def heads(n: int) -> HookPoint:
@@ -154,27 +158,49 @@ class Attention(Module):
         q, k, v = self.hook_q(q), self.hook_k(k), self.hook_v(v)
         angles = run.rotary_tables(self.rotary, q.dtype)
         q, k = self.hook_rot_q(self.rotary(q, *angles)), self.hook_rot_k(self.rotary(k, *angles))
+        if run.cache is not None:
+            k, v = run.cache.extend(self.hook_k.name, k, v, self.window)
         if self.hook_attn_scores.attachments is None and self.hook_pattern.attachments is None:
             z = self.fused(q, k, v, run)
         else:
             z = self.explicit(q, k, v, run)
         return self.project(self.hook_z(z.transpose(1, 2)))
 
-    def fused(self, q: Tensor, k: Tensor, v: Tensor, run: ForwardPass) -> Float[Tensor, "batch head pos d_head"]:
+    def fused(
+        self,
+        q: Float[Tensor, "batch head query_pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        run: ForwardPass,
+    ) -> Float[Tensor, "batch head query_pos d_head"]:
         """Attention in one kernel."""
-        bias = run.attention_bias(q.dtype)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, is_causal=bias is None, scale=self.scale, enable_gqa=self.group > 1
-        )
+        bias = run.attention_bias(q.dtype, self.window)
+        if run.n_tokens > 1:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, is_causal=bias is None, scale=self.scale, enable_gqa=self.group > 1
+            )
+        if self.group == 1:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        z = F.scaled_dot_product_attention(self._by_group(q), k, v, attn_mask=bias, scale=self.scale)
+        return z.reshape(q.shape)
 
-    def explicit(self, q: Tensor, k: Tensor, v: Tensor, run: ForwardPass) -> Float[Tensor, "batch head pos d_head"]:
+    def explicit(
+        self,
+        q: Float[Tensor, "batch head query_pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        run: ForwardPass,
+    ) -> Float[Tensor, "batch head query_pos d_head"]:
         """Attention written out, with its two hook points; the softmax in float32 at least."""
-        if self.group > 1:
-            k, v = k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1)
-        scores = ((q * self.scale) @ k.mT).masked_fill(~run.visible(), float("-inf"))
-        scores = self.hook_attn_scores(scores)
+        scores = (self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1)
+        hidden = run.hidden(self.window)
+        scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
         pattern = self.hook_pattern(scores.softmax(-1, dtype=at_least_float32(q.dtype)).to(q.dtype))
-        return pattern @ v
+        return (self._by_group(pattern) @ v).view(q.shape)
+
+    def _by_group(self, x: Float[Tensor, "batch head query_pos n"]) -> Float[Tensor, "batch kv_head group_query n"]:
+        """A group's heads as so many more queries of its key-value head, which so is never repeated."""
+        return x if self.group == 1 else x.reshape(x.shape[0], x.shape[1] // self.group, -1, x.shape[3])
 
     def project(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
         """Back to the stream; head by head only where somebody asked for `hook_result`."""

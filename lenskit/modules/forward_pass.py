@@ -1,10 +1,13 @@
 """`ForwardPass`: what all blocks share while one batch goes through them."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from lenskit.modules.kv_cache import KVCache, first_seen
 
 
 class HasTables(Protocol):
@@ -23,69 +26,143 @@ class ForwardPass:
     Args:
         n_tokens: tokens a row in this pass, padding included.
         device: where the model's stream is.
-        mask: [batch pos], True for a row's own tokens, False for padding; None where there is no padding.
+        mask: [batch pos], True for a row's own tokens, False for padding; None where there is no padding. Of the
+            tokens of this pass.
+        cache: keys and values of the tokens before these; attention adds to it.
+        step: which pass of a generation this is; 0 for a prompt's.
+        prompts: the rows' numbers in the batch that the user gave; None where they are its rows.
+        n_logits: how many columns, from the end, get logits; None for all.
     """
 
-    def __init__(self, n_tokens: int, device: torch.device, mask: Bool[Tensor, "batch pos"] | None = None) -> None:
-        self.n_tokens = n_tokens
-        self.mask = mask
-        self.positions: Int[Tensor, "rows pos"]
-        if mask is None:
-            self.positions = torch.arange(n_tokens, device=device).unsqueeze(0)
-        else:
-            self.positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self._visible: Bool[Tensor, "rows 1 query_pos key_pos"] | None = None
-        self._biases: dict[torch.dtype, Tensor] = {}
+    def __init__(
+        self,
+        n_tokens: int,
+        device: torch.device,
+        mask: Bool[Tensor, "batch pos"] | None = None,
+        *,
+        cache: KVCache | None = None,
+        step: int = 0,
+        prompts: Sequence[int] | None = None,
+        n_logits: int | None = None,
+    ) -> None:
+        self.n_tokens, self.mask, self.cache = n_tokens, mask, cache
+        self.step, self.prompts, self.n_logits = step, prompts, n_logits
+        self.n_past = 0 if cache is None else cache.length  # columns before this pass
+        self.n_keys = self.n_past + n_tokens
+        self.padded = mask is not None or (cache is not None and cache.pads is not None)
+        self.positions: Int[Tensor, "rows pos"] = self._positions(device)
+        self._visible: dict[int | None, Tensor] = {}
+        self._hidden: dict[int | None, Tensor] = {}
+        self._biases: dict[tuple[torch.dtype, int | None], Tensor] = {}
         self._elsewhere: dict[torch.device, ForwardPass] = {}
         self._tables: dict[tuple[int, torch.dtype], tuple[Tensor, ...]] = {}
 
+    def _positions(self, device: torch.device) -> Int[Tensor, "rows pos"]:
+        """Each row counts its own tokens from 0 on; padding has the number of the token before it."""
+        pads = None if self.cache is None or self.cache.pads is None else self.cache.pads.to(device)
+        if self.mask is not None:
+            past = self.n_past if pads is None else self.n_past - pads
+            return (self.mask.cumsum(1) + past - 1).clamp(min=0)
+        if self.n_tokens == 1 and self.n_past:  # where a generation spends its time: one small tensor
+            return torch.full((1, 1), self.n_past, device=device) if pads is None else self.n_past - pads
+        positions = torch.arange(self.n_past, self.n_keys, device=device).unsqueeze(0)
+        return positions if pads is None else positions - pads
+
     def to(self, device: torch.device | int | str, **_: object) -> "ForwardPass":
         """The same pass for layers on another device: what accelerate calls between devices."""
-        if torch.device(device) == self.positions.device:
+        device = torch.device(device)
+        if device == self.positions.device:
             return self
-        moved = self._elsewhere.get(torch.device(device))
+        moved = self._elsewhere.get(device)
         if moved is None:
-            mask = None if self.mask is None else self.mask.to(device)
-            moved = self._elsewhere[torch.device(device)] = ForwardPass(self.n_tokens, torch.device(device), mask)
+            moved = self._elsewhere[device] = ForwardPass(
+                self.n_tokens,
+                device,
+                None if self.mask is None else self.mask.to(device),
+                cache=self.cache,
+                step=self.step,
+                prompts=self.prompts,
+                n_logits=self.n_logits,
+            )
         return moved
 
     def rotary_tables(self, rotary: HasTables, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The rotary part's cos and sin at this pass's positions, each [rows 1 pos d_rotary]."""
+        """The rotary part's cos and sin at this pass's positions, each [rows 1 pos d_rotary].
+
+        Where they depend on a row's length, its past counts. Keys in a cache stay as they were turned.
+        """
         key = (id(rotary), dtype)
         if key not in self._tables:
-            if rotary.by_length and self.mask is not None:
-                self._tables[key] = self._tables_by_row(rotary, self.mask, dtype)
+            if rotary.by_length and self.padded:
+                self._tables[key] = self._tables_by_row(rotary, dtype)
             else:
-                self._tables[key] = rotary.tables(self.positions, self.n_tokens, dtype)
+                self._tables[key] = rotary.tables(self.positions, self.n_keys, dtype)
         return self._tables[key]
 
-    def _tables_by_row(self, rotary: HasTables, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _tables_by_row(self, rotary: HasTables, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """A row's angles follow its own length, as if it were alone; Hugging Face goes by the longest row's."""
-        lengths = mask.sum(1).tolist()
+        lengths = (self.positions[:, -1] + 1).tolist()
         rows = [rotary.tables(p[None], n, dtype) for p, n in zip(self.positions, lengths, strict=True)]
         return tuple(torch.cat(tables) for tables in zip(*rows, strict=True))
 
-    def visible(self) -> Bool[Tensor, "rows 1 query_pos key_pos"]:
-        """True where a query may attend to a key: not ahead of it, and no padding.
+    def visible(self, window: int | None = None) -> Bool[Tensor, "rows 1 query_pos key_pos"]:
+        """True where a query may attend to a key: not ahead of it, within the window, and no padding.
 
-        A padding query attends to itself: nothing reads it, and a softmax over nothing would be nan.
+        Keys are those that `KVCache.extend` returns, or this pass's where there is no cache. A padding query
+        attends to itself: nothing reads it, and a softmax over nothing would be nan.
+
+        Args:
+            window: how many keys a query sees, itself included (padding between a row's tokens counts as well);
+                None for all before it.
         """
-        if self._visible is None:
-            square = torch.ones(self.n_tokens, self.n_tokens, dtype=torch.bool, device=self.positions.device)
-            causal = square.tril()[None, None]
-            if self.mask is not None:
-                causal = (causal & self.mask[:, None, None, :]) | torch.eye(
-                    self.n_tokens, dtype=torch.bool, device=self.positions.device
-                )
-            self._visible = causal
-        return self._visible
+        if window not in self._visible:
+            first, device = first_seen(self.n_past, window), self.positions.device
+            keys = torch.arange(first, self.n_keys, device=device)
+            queries = torch.arange(self.n_past, self.n_keys, device=device).unsqueeze(1)
+            seen = keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+            own = self._own_keys()
+            if own is None:
+                self._visible[window] = seen[None, None]
+            else:
+                self._visible[window] = (seen & own[:, None, None, first:]) | (keys == queries)
+        return self._visible[window]
 
-    def attention_bias(self, dtype: torch.dtype) -> Float[Tensor, "rows 1 query_pos key_pos"] | None:
-        """What fused attention adds to the scores: 0 or -inf; None where plain causality says it all."""
-        if self.mask is None:
+    def hidden(self, window: int | None = None) -> Bool[Tensor, "rows 1 query_pos key_pos"] | None:
+        """The opposite of `visible`; None where nothing is hidden: all that one token's query gets is its past."""
+        if self.n_tokens == 1 and not self.padded:
             return None
-        if dtype not in self._biases:
-            visible = self.visible()
+        if window not in self._hidden:
+            self._hidden[window] = ~self.visible(window)
+        return self._hidden[window]
+
+    def attention_bias(
+        self, dtype: torch.dtype, window: int | None = None
+    ) -> Float[Tensor, "rows 1 query_pos key_pos"] | None:
+        """What fused attention adds to the scores: 0 or -inf.
+
+        None where nothing is hidden (`n_tokens` is 1), or plain causality says it all (`n_tokens` is more).
+        """
+        if not self.padded and (
+            self.n_tokens == 1 or (not self.n_past and (window is None or self.n_tokens <= window))
+        ):
+            return None
+        key = (dtype, window)
+        if key not in self._biases:
+            visible = self.visible(window)
             zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            self._biases[dtype] = zeros.masked_fill(~visible, float("-inf"))
-        return self._biases[dtype]
+            self._biases[key] = zeros.masked_fill(~visible, float("-inf"))
+        return self._biases[key]
+
+    def _own_keys(self) -> Bool[Tensor, "batch n_keys"] | None:
+        """Which columns, past ones and this pass's, are a row's own tokens; None for all."""
+        device = self.positions.device
+        past = None if self.cache is None else self.cache.own(self.n_keys)  # those of this pass among them
+        if past is not None:
+            past = past.to(device)
+        if self.mask is None:
+            return past
+        if not self.n_past:
+            return self.mask
+        if past is None:
+            past = self.mask.new_ones(self.mask.shape[0], self.n_past)
+        return torch.cat((past[:, : self.n_past], self.mask), 1)

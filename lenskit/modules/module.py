@@ -1,12 +1,14 @@
-"""`Module`, the base class of everything below a model, and `Identity`, the part that is absent.
+"""`Module`, the base class of everything below a model, `Identity`, the part that is absent, and `Symbol`, what a
+module may be given instead of a tensor.
 
 Under 16 tokens and 64 dimensions a forward pass is Python overhead, and most of that is torch.nn's:
 looking up a submodule costs 0.5 us (`nn.Module.__getattr__`), calling one 0.5 us more. `Module` keeps
 torch.nn's behaviour and pays about a tenth of that.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,15 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-# Whether anybody ever registered one of torch's own hooks on a `Module`: one look, where torch takes eight a call.
+# Whether a call may be more than a call of `forward`, because anybody ever registered one of torch's own hooks on a
+# `Module`, or made a `Symbol`: one look, where torch takes eight a call.
+_calls_need_a_closer_look = False
 _torch_hooks_are_used = False
 
 
 def _notice() -> None:
-    global _torch_hooks_are_used
-    _torch_hooks_are_used = True
+    global _torch_hooks_are_used, _calls_need_a_closer_look
+    _torch_hooks_are_used = _calls_need_a_closer_look = True
 
 
 def _noticed(name: str) -> Any:
@@ -32,6 +36,21 @@ def _noticed(name: str) -> Any:
         return getattr(nn.Module, name)(self, *args, **kwargs)
 
     return register
+
+
+class Symbol(ABC):
+    """Stands for a tensor that there is not yet: a module called on one says what that means, and computes nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        global _calls_need_a_closer_look
+        _calls_need_a_closer_look = True
+        return super().__new__(cls)
+
+    @abstractmethod
+    def through(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """What `module(*args)` gives, where `args[0]` is this symbol."""
 
 
 class Module(nn.Module):
@@ -57,13 +76,13 @@ class Module(nn.Module):
 
     def __call__(self, *args: Any) -> Any:
         if (
-            _torch_hooks_are_used
+            _calls_need_a_closer_look
             or _global_forward_hooks
             or _global_forward_pre_hooks
             or _global_backward_hooks
             or _global_backward_pre_hooks
         ):
-            return super().__call__(*args)
+            return _call(self, args)
         return self.forward(*args)
 
     register_forward_hook = _noticed("register_forward_hook")
@@ -78,6 +97,21 @@ class Module(nn.Module):
             _notice()
 
     forward: Callable[..., Any]
+
+
+def _call(module: Module, args: tuple[Any, ...]) -> Any:
+    """A module's call where it may be on a symbol, or run torch's hooks."""
+    if args and type(args[0]) is not Tensor and isinstance(args[0], Symbol):  # the type first: it is half the cost
+        return args[0].through(module, args)
+    if (
+        _torch_hooks_are_used
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+    ):
+        return nn.Module.__call__(module, *args)
+    return module.forward(*args)
 
 
 class Identity(Module):

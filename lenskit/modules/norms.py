@@ -25,7 +25,7 @@ class Norm(Module):
         self.eps = eps
         self.shape = (d_model,)
         self.weight = empty(d_model)
-        self.hook_scale = HookPoint("batch pos 1")
+        self.hook_scale = HookPoint("batch pos 1", statistic=True)
         self.hook_normalized = HookPoint("batch pos d_model", d_model=d_model)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

@@ -1,0 +1,395 @@
+"""Execution: a program carried out. Attaches, step by step, the actions of the ops that are live in that step.
+
+Whoever runs the model asks for each pass (`Execution.passes`) and wraps each of its steps in `PassRun.at(step)`.
+Nothing stays attached between steps, so a generation may be left at any moment.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenskit.errors import StepError
+from lenskit.hooks import Attachment, HookPoint, attach, check_replacement, detach
+from lenskit.interventions.expressions import Act, Expression, evaluate
+from lenskit.interventions.geometry import Geometry
+from lenskit.interventions.ops import Add, Edit, Function, Save, Scale, Set
+from lenskit.interventions.parts import Part, merged
+from lenskit.interventions.program import Place, Program, Resolved, Source, step_class
+from lenskit.interventions.saved import NeverRan, Saved
+from lenskit.interventions.selection import Selection, select
+from lenskit.interventions.selectors import Selectors
+
+Action = Callable[[Tensor], Tensor]
+
+
+class Stopped(Exception):
+    """Nothing after this point is computed: no error, it ends a pass that a `Stop` ends."""
+
+
+class Execution:
+    """One run of a program; holds what it reads and saves on the way.
+
+    Args:
+        generating: whether steps are those of a generation, and worth naming in an error.
+    """
+
+    def __init__(self, program: Program, *, generating: bool) -> None:
+        self.program = program
+        self.generating = generating
+        self.multiple = len(program.passes) > 1
+        self.read: dict[tuple[Source, int], list[tuple[Part, Tensor, set[int]]]] = {}
+        self.saves: dict[tuple[str, ...], dict[int, list[tuple[Part | None, Tensor]]]] = {}
+        self.steps_run = [0] * len(program.geometry.rows)
+
+    def passes(self) -> Iterator["PassRun"]:
+        """The passes, in their order; each is to be run to its end before the next one is asked for."""
+        for number, (geometry, trimmed) in enumerate(self.program.passes):
+            yield PassRun(self, number, geometry, trimmed)
+
+    def saved(self, n_layers: int) -> Saved:
+        """What was saved."""
+        values: dict[str, Any] = {}
+        for op in self.program.ops:
+            for key in op.keys:
+                value = self._collected(op, self.saves.get(key, {}))
+                if len(key) == 1:
+                    values[key[0]] = value
+                else:
+                    values.setdefault(key[0], {})[key[1]] = value
+        return Saved(values, n_layers=n_layers)
+
+    def _collected(self, op: Resolved, steps: dict[int, list[tuple[Part | None, Tensor]]]) -> Any:
+        tensors = [_joined(steps[step]) for step in sorted(steps)]
+        if op.listed:
+            return tensors
+        return tensors[0] if tensors else NeverRan(op.steps[0], max(self.steps_run))
+
+    def take(self, step: int, n_layers: int) -> Saved:
+        """What one step saved, which then is forgotten: for those who look at a generation step by step."""
+        values: dict[str, Any] = {}
+        for op in self.program.ops:
+            for key in op.keys:
+                parts = self.saves.get(key, {}).pop(step, None)
+                if parts is not None and len(key) == 1:
+                    values[key[0]] = _joined(parts)
+                elif parts is not None:
+                    values.setdefault(key[0], {})[key[1]] = _joined(parts)
+        return Saved(values, n_layers=n_layers)
+
+
+def _joined(parts: Sequence[tuple[Part | None, Tensor]]) -> Tensor:
+    return parts[0][1] if parts[0][0] is None else merged(parts)  # type: ignore[arg-type]
+
+
+class PassRun:
+    """Some of the rows, on their way through the model.
+
+    geometry: which rows, and their tokens. trimmed: columns of padding that they do without.
+    active: for each row whether it still generates; None while all do.
+    n_logits: how many of the last positions need logits in the present step; None for all.
+    """
+
+    def __init__(self, execution: Execution, number: int, geometry: Geometry, trimmed: int) -> None:
+        self.execution, self.number, self.geometry, self.trimmed = execution, number, geometry, trimmed
+        self.program = execution.program
+        self.active: list[bool] | None = None
+        self.step = 0
+        self.n_logits: int | None = 1
+        self._local = {row: index for index, row in enumerate(geometry.rows)}
+        self._at_hand: dict[Source, Tensor] = {}
+        self._attached: list[tuple[HookPoint, Attachment]] = []
+        self._rebuild = True
+        self._boundaries = {0, 1}
+        for op in self.program.ops:
+            self._boundaries |= _boundaries(op)
+        self._parts: dict[Any, Part] = {}
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """The length of one step: what is live in it is attached, whoever else is there."""
+        self.step = step
+        if self._rebuild or step in self._boundaries:
+            self._build(step)
+        attached = self._attached
+        try:
+            attach(attached)
+            yield
+            self._compute_saves()
+        except Stopped:
+            self._compute_saves()
+            raise
+        except BaseException as error:
+            if self.execution.generating or self.execution.multiple:
+                rows = ", ".join(map(str, self.geometry.rows[:8])) + (", ..." if len(self.geometry.rows) > 8 else "")
+                error.add_note(f"at step {step} of at most {self.program.n_steps}, prompts {rows}")
+            raise
+        finally:
+            detach(attached)
+            self._at_hand.clear()
+
+    def finished(self, steps_run: Sequence[int]) -> None:
+        """Tell how many steps each row took, once the pass is over."""
+        for row, steps in zip(self.geometry.rows, steps_run, strict=True):
+            self.execution.steps_run[row] = steps
+
+    # -- what is live
+
+    def _build(self, step: int) -> None:
+        actions: dict[HookPoint, list[Action]] = {}
+        edited: set[HookPoint] = set()  # the others are only read, which some points allow where they allow no edit
+        columns: int | None = 1
+        for op in self.program.ops:
+            here = step in op.steps
+            for source in op.sources:
+                if (here if source.step is None else step == source.step) and self._some(source.rows):
+                    part = self._part(source.place, source.act.selectors, source.rows, step)
+                    actions.setdefault(source.place[1], []).append(self._reading(source, part))
+                    columns = _wider(columns, source.place[1], part)
+            if here and op.places and self._some(op.rows):
+                for index, place in enumerate(op.places):
+                    actions.setdefault(place[1], []).append(self._action(op, index, place, step))
+                    if isinstance(op.op, Edit | Function):
+                        edited.add(place[1])
+                    whole = isinstance(op.op, Function)
+                    seen = None if whole else self._part(place, op.op.selectors, op.rows, step)
+                    columns = _wider(columns, place[1], seen)
+        thread = get_ident()
+        self._attached = [
+            (point, Attachment(_chain(some), "plan" if point in edited else "read", thread))
+            for point, some in actions.items()
+        ]
+        self._rebuild = any("key_pos" in point.axes for point in actions)
+        logits = self.program.points.get("hook_logits")
+        self.n_logits = None if logits is not None and logits.attachments is not None else columns
+
+    def _some(self, rows: Sequence[int]) -> bool:
+        return not self.execution.multiple or any(row in self._local for row in rows)
+
+    def _part(self, place: Place, selectors: Selectors, rows: Sequence[int], step: int) -> Part:
+        """The selection, as this pass sees it."""
+        full = self.program.selection(place, selectors, step, rows)
+        if not self.execution.multiple:
+            return Part(full, full, None, rows, [])
+        key = (id(full), step_class(place[1], step))
+        if key not in self._parts:
+            sub = [index for index, row in enumerate(rows) if row in self._local]
+            local = [self._local[rows[index]] for index in sub]
+            selection = select(place[1], selectors, self.geometry, step, local)
+            dims = _token_dims(place[1], selection)
+            self._parts[key] = Part(selection, full, sub, local, dims)
+        return self._parts[key]
+
+    # -- actions
+
+    def _action(self, resolved: Resolved, index: int, place: Place, step: int) -> Action:
+        op, point = resolved.op, place[1]
+        if isinstance(op, Function):
+            return _calling(op, point)
+        if isinstance(op, Save | Edit):
+            part = self._part(place, op.selectors, resolved.rows, step)
+            if isinstance(op, Save):
+                return self._saving(resolved.keys[index], part)
+            return self._editing(resolved, op, part)
+        return _stop
+
+    def _saving(self, key: tuple[str, ...], part: Part) -> Action:
+        kept = self.execution.saves.setdefault(key, {})
+
+        def save(x: Tensor) -> Tensor:
+            value = self._without_finished(part, part.selection.read(x))
+            if value is not None:
+                # A tensor of its own: a snapshot, and no small view that keeps a large activation alive.
+                kept.setdefault(self.step, []).append((part, value.clone()))
+            return x
+
+        return save
+
+    def _reading(self, source: Source, part: Part) -> Action:
+        later = self.execution.multiple or source.step is not None
+
+        def read(x: Tensor) -> Tensor:
+            value = part.selection.read(x)
+            if not later:
+                self._at_hand[source] = value
+            else:
+                ended = {self.geometry.rows[row] for row in part.rows if not self._is_active(row)}
+                entry = (part, value.clone(), ended)
+                self.execution.read.setdefault((source, self.step), []).append(entry)
+            return x
+
+        return read
+
+    def _editing(self, resolved: Resolved, op: Edit, part: Part) -> Action:
+        change = _CHANGES[type(op)]
+        value, selection = op.value, part.selection
+        if not isinstance(value, Expression):
+            constant: Any = part.value(value)
+            if isinstance(constant, Tensor) and type(op) is Set:
+                return lambda x: selection.edit(x, lambda _: constant.to(x.device, copy=selection.whole))
+            if isinstance(constant, Tensor):
+                return lambda x: selection.edit(x, lambda old: change(old, constant.to(x.device)))
+            return lambda x: selection.edit(x, lambda old: change(old, constant))
+
+        def edit(x: Tensor) -> Tensor:
+            if self.active is not None and not any(self.active[row] for row in self._rows_here(resolved.rows)):
+                return x
+            new = part.value(self._value(resolved, value, x))
+            return selection.edit(x, lambda old: change(old, new))
+
+        return edit
+
+    # -- expressions
+
+    def _value(self, op: Resolved, expression: Expression, like: Tensor | None) -> Tensor:
+        def leaf(act: Act) -> Tensor:
+            source = next(source for source in op.sources if source.act is act)
+            value = self._read(op, source)
+            return value if like is None else value.to(like.device)
+
+        return leaf(expression) if isinstance(expression, Act) else evaluate(expression, leaf, like=like)
+
+    def _read(self, op: Resolved, source: Source) -> Tensor:
+        """A source's activation, of this pass or an earlier one."""
+        step = self.step if source.step is None else source.step
+        if source in self._at_hand:
+            if self.active is not None:
+                rows = [row for row in self._rows_here(source.rows) if not self.active[row]]
+                self._refuse_ended(op, source, step, {self.geometry.rows[row] for row in rows})
+            return self._at_hand[source]
+        parts = self.execution.read.get((source, step), [])
+        there = {row for part, _, _ in parts for row in self._sources_of(part, source)}
+        ended = {row for _, _, rows in parts for row in rows}
+        self._refuse_ended(op, source, step, ended | (set(source.rows) - there))
+        return merged([(part, tensor) for part, tensor, _ in parts])
+
+    def _sources_of(self, part: Part, source: Source) -> Sequence[int]:
+        return source.rows if part.sub is None else [source.rows[index] for index in part.sub]
+
+    def _refuse_ended(self, op: Resolved, source: Source, step: int, ended: set[int]) -> None:
+        """A row that has ended computes nothing that a row that goes on could use."""
+        if not op.places:
+            return
+        ended -= set(op.rows)
+        if ended:
+            raise StepError(
+                f"{op.numbered} needs what prompt {min(ended)} does not compute",
+                got=f"{source.act} at step {step}: prompt {min(ended)} ended before",
+                expected="a prompt that still generates at that step",
+                fix="name the steps (steps=slice(0, 3)), or keep rows from ending with eos_token_id=[]",
+            )
+
+    def _compute_saves(self) -> None:
+        """Saves of expressions, at the end of the step in which the last of what they read was computed."""
+        for op in self.program.ops:
+            if op.places or not isinstance(op.op, Save):
+                continue
+            if op.listed or any(source.step is None for source in op.sources):
+                if self.step in op.steps and self._is_last(op):
+                    self._save_value(op)
+            elif op.keys[0] not in self.execution.saves and all(self._is_there(source) for source in op.sources):
+                self._save_value(op)
+
+    def _is_there(self, source: Source) -> bool:
+        """Whether all rows of a source that is of one step have been read."""
+        parts = self.execution.read.get((source, source.step or 0), [])
+        return sum(len(part.rows) for part, _, _ in parts) == len(source.rows)
+
+    def _save_value(self, op: Resolved) -> None:
+        here = self._rows_here(op.rows)
+        if any(source.step is None for source in op.sources) and not any(self._is_active(row) for row in here):
+            return
+        value = self._value(op, op.op.expressions[0], None).clone()
+        self.execution.saves.setdefault(op.keys[0], {})[self.step] = [(None, value)]
+
+    def _is_last(self, op: Resolved) -> bool:
+        """Whether no later pass has a row that the op reads."""
+        later = self.program.passes[self.number + 1 :]
+        return not any(row in geometry.rows for geometry, _ in later for row in op.rows)
+
+    # -- rows that have ended
+
+    def _rows_here(self, rows: Sequence[int]) -> list[int]:
+        return [self._local[row] for row in rows if row in self._local]
+
+    def _is_active(self, row: int) -> bool:
+        return self.active is None or self.active[row]
+
+    def _without_finished(self, part: Part, value: Tensor) -> Tensor | None:
+        """Zeros where a row has ended; None where all have."""
+        if self.active is None:
+            return value
+        going = [self.active[row] for row in part.rows]
+        if not any(going):
+            return None
+        if all(going) or 0 in part.selection.dropped:
+            return value
+        shape = [-1] + [1] * (value.dim() - 1)
+        return value.masked_fill(~torch.tensor(going, device=value.device).view(shape), 0)
+
+
+def _set(old: Tensor, value: Any) -> Any:
+    return value
+
+
+def _add(old: Tensor, value: Any) -> Tensor:
+    return old + value
+
+
+def _scale(old: Tensor, value: Any) -> Tensor:
+    return old * value
+
+
+_CHANGES: dict[type, Callable[[Tensor, Any], Any]] = {Set: _set, Add: _add, Scale: _scale}
+
+
+def _chain(actions: list[Action]) -> Callable[[Tensor, HookPoint], Tensor]:
+    if len(actions) == 1:
+        [only] = actions
+        return lambda x, _: only(x)
+
+    def run(x: Tensor, _: HookPoint) -> Tensor:
+        for action in actions:
+            x = action(x)
+        return x
+
+    return run
+
+
+def _calling(op: Function, point: HookPoint) -> Action:
+    def call(x: Tensor) -> Tensor:
+        own = x.clone()
+        result = op.function(own, point)
+        return own if result is None else check_replacement(result, x, point)
+
+    return call
+
+
+def _stop(x: Tensor) -> Tensor:
+    raise Stopped
+
+
+def _wider(columns: int | None, point: HookPoint, part: Part | None) -> int | None:
+    """How many positions need logits, given one more reader of a point."""
+    if point.name != "hook_logits" or columns is None:
+        return columns
+    return None if part is None or part.selection.whole else max(columns, part.selection.depth)
+
+
+def _token_dims(point: HookPoint, selection: Selection) -> list[int]:
+    """The axes of tokens, as numbered once dropped axes are left out."""
+    kept = [i for i in range(len(point.axes)) if i not in selection.dropped]
+    return [dim for dim, i in enumerate(kept) if point.axes[i] in ("pos", "query_pos", "key_pos")]
+
+
+def _boundaries(op: Resolved) -> set[int]:
+    """The steps at which what is live of an op changes."""
+    found = {
+        step + more for source in op.sources if source.step is not None for step in [source.step] for more in (0, 1)
+    }
+    if isinstance(op.steps, range) and op.steps.step == 1:
+        return found | {op.steps.start, op.steps.stop}
+    return found | {step + more for step in op.steps for more in (0, 1)}

@@ -1,0 +1,211 @@
+"""Expressions: computations over activations, as data.
+
+`Act(name)` stands for an activation. Arithmetic on it, indexing, and the functions of a closed list compute nothing:
+they build a graph of nodes, which is checked before the model runs (`shape_of`), computed while it runs (`evaluate`),
+and written to files (`expression_json.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lenskit.errors import ExpressionError
+from lenskit.hooks import hooks_off
+from lenskit.interventions import expression_shapes
+from lenskit.interventions.expression_nodes import Act, Call, Expression, ModuleCall, order
+from lenskit.interventions.expression_text import shapes_text
+from lenskit.interventions.torch_functions import FUNCTIONS, RANDOM
+
+__all__ = ["Act", "Call", "Expression", "ModuleCall", "acts", "bind", "evaluate", "modules", "order", "shape_of"]
+
+Leaf = Callable[[Act], Tensor]
+
+
+def acts(expression: Expression) -> list[Act]:
+    """The activations that it is computed from, each once, in order."""
+    return [node for node in order(expression) if isinstance(node, Act)]
+
+
+def modules(expression: Expression) -> list[nn.Module | str]:
+    """The modules that it applies, or their names, in order."""
+    return [node.module for node in order(expression) if isinstance(node, ModuleCall)]
+
+
+def bind(expression: Expression, lookup: Callable[[str], nn.Module]) -> Expression:
+    """The expression with modules in the place of their names; what holds no name stays the node that it is.
+
+    Args:
+        lookup: the module of a name, such as `model.get_submodule`.
+
+    Raises:
+        ExpressionError: there is no such module (an AttributeError or KeyError of `lookup`), or it takes more than one
+            tensor.
+    """
+    bound: dict[Expression, Expression] = {}
+    for node in order(expression):
+        changed = any(bound[given] is not given for given in node.inputs)
+        if isinstance(node, ModuleCall) and (changed or isinstance(node.module, str)):
+            module = _looked_up(node.module, lookup) if isinstance(node.module, str) else node.module
+            bound[node] = ModuleCall(module, bound[node.argument])
+        elif isinstance(node, Call) and changed:
+            bound[node] = Call(node.function, *_filled(node, bound, None))
+        else:
+            bound[node] = node
+    return bound[expression]
+
+
+def _looked_up(name: str, lookup: Callable[[str], nn.Module]) -> nn.Module:
+    try:
+        return lookup(name)
+    except (AttributeError, KeyError) as error:
+        raise ExpressionError(
+            f"the model has no module {name!r}",
+            got=repr(name),
+            expected="the path of one of its modules, such as 'ln_final' or 'blocks.0.mlp'",
+            fix="run the plan on the model that it was written for, or correct the name",
+        ) from error
+
+
+def evaluate(expression: Expression, leaf: Leaf, *, like: Tensor | None) -> Tensor:
+    """The value, each node computed once.
+
+    Args:
+        leaf: the value of an activation.
+        like: on whose device everything is computed; None for that of the first activation.
+
+    Raises:
+        ExpressionError: a function failed (the cause is chained), a module is only a name, or the value is no tensor.
+    """
+    values: dict[Expression, Any] = {act: leaf(act) for act in acts(expression)}
+    device = next((value.device for value in values.values()), torch.device("cpu")) if like is None else like.device
+    values = {act: value if value.device == device else value.to(device) for act, value in values.items()}
+    return _computed(expression, values, device, _result)
+
+
+def shape_of(expression: Expression, leaf: Leaf) -> Tensor:
+    """A meta tensor of the value's shape and dtype; nothing is computed.
+
+    Args:
+        leaf: a meta tensor of an activation's shape and dtype.
+
+    Raises:
+        ExpressionError: a function would fail (the cause is chained), or the shape depends on values.
+    """
+    values: dict[Expression, Any] = {act: leaf(act) for act in acts(expression)}
+    with torch.no_grad():
+        return _computed(expression, values, None, _shape)
+
+
+def _computed(
+    expression: Expression,
+    values: dict[Expression, Any],
+    device: torch.device | None,
+    compute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+) -> Tensor:
+    """All nodes in order; `values` has those of the activations, and loses each when its last user has been computed.
+
+    device: for constants and random numbers; None for shapes only.
+    """
+    nodes = order(expression)
+    last_use = {given: node for node in nodes for given in node.inputs}
+    for node in nodes:
+        if isinstance(node, Act):
+            continue
+        args, kwargs = _filled(node, values, device)
+        if isinstance(node, Call) and node.function in RANDOM:
+            kwargs["device"] = expression_shapes.META if device is None else device
+        try:
+            value = compute(node, args, kwargs)
+        except (ExpressionError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise _failed(node, args, kwargs, error, shapes_only=device is None) from error
+        if not isinstance(value, Tensor) and not (isinstance(node, Call) and node.pair):
+            raise _no_tensor(node, value)
+        values[node] = value
+        for given in node.inputs:
+            if last_use[given] is node:
+                values.pop(given, None)
+    if not isinstance(values[expression], Tensor):
+        raise _no_tensor(expression, values[expression])
+    return values[expression]
+
+
+def _result(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(node, Call):
+        return FUNCTIONS[node.function].run(*args, **kwargs)
+    with hooks_off():
+        return _module(node)(*args)
+
+
+def _shape(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(node, Call):
+        return expression_shapes.applied(FUNCTIONS[node.function], args, kwargs)
+    return expression_shapes.through(_module(node), *args)
+
+
+def _module(node: ModuleCall) -> nn.Module:
+    if isinstance(node.module, str):
+        raise ExpressionError(
+            f"{node} is of no model yet",
+            got=f"a module's name, {node.module!r}",
+            expected="the module",
+            fix="bind(expression, model.get_submodule) looks names up",
+        )
+    return node.module
+
+
+def _filled(
+    node: Expression, values: Mapping[Expression, Any], device: torch.device | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments with values in the place of expressions, and constants on the device, if there is one."""
+    if not isinstance(node, Call):
+        return (values[node.inputs[0]],), {}
+    args = tuple([_fill(arg, values, device) for arg in node.args])
+    return args, {key: _fill(value, values, device) for key, value in node.kwargs.items()}
+
+
+def _fill(value: Any, values: Mapping[Expression, Any], device: torch.device | None) -> Any:
+    if isinstance(value, Expression):
+        return values[value]
+    if isinstance(value, Tensor):
+        return value if device is None or value.device == device else value.to(device)
+    if type(value) is tuple or type(value) is list:
+        return type(value)([_fill(entry, values, device) for entry in value])
+    return value
+
+
+def _failed(
+    node: Expression, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception, *, shapes_only: bool
+) -> ExpressionError:
+    given = shapes_text([*args, *kwargs.values()])
+    if shapes_only and isinstance(error, NotImplementedError):
+        return ExpressionError(
+            f"the shape of {node} depends on values",
+            got=f"arguments {given}: {_first_line(error)}",
+            expected="a shape that follows from the shapes of the arguments: it is checked before the model runs",
+            fix="use torch.where, or compute it in a Python function: hooks=[(name, lambda act, hook: ...)]",
+        )
+    return ExpressionError(
+        f"{node} cannot be computed",
+        got=f"arguments {given}: {_first_line(error)}",
+        expected="shapes, dtypes and options that go together",
+        fix="select, index, reshape or cast the activations so that they do",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _no_tensor(node: Expression, value: object) -> ExpressionError:
+    return ExpressionError(
+        f"{node} is no tensor",
+        got=f"a {type(value).__name__}",
+        expected="one tensor",
+        fix="take one of the two: [0], [1], .values or .indices"
+        if isinstance(node, Call) and node.pair
+        else "use functions and modules that return one tensor",
+    )

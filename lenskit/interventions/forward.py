@@ -1,0 +1,203 @@
+"""A program carried out on one forward pass; more than one, where prompts need each other's later activations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from lenskit.errors import InputError, NotSavedError
+from lenskit.hooks import Attachment, HookPoint
+from lenskit.inputs import Batch
+from lenskit.interventions.execution import Execution, PassRun, Stopped
+from lenskit.interventions.geometry import Geometry, Tokens, tokens_of
+from lenskit.interventions.program import Program
+from lenskit.interventions.saved import Saved
+from lenskit.interventions.scope import attached
+from lenskit.models.base import Decoder
+from lenskit.modules.kv_cache import KVCache
+
+
+@dataclass(frozen=True, eq=False)
+class Past:
+    """Tokens that a model has processed, with their keys and values: what later calls may start from (`past=`), as
+    often as they like. One row is shared by all their prompts; several rows are those of as many prompts.
+
+    tokens: [batch pos] ids. mask: [batch pos], True for a row's own; None where nothing is padded.
+    cache: keys and values; later calls copy what they need of it.
+    saved: what hooks saved while the tokens were processed.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"] | None
+    cache: KVCache
+    saved: Saved = field(default_factory=Saved)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        rows, pos = self.tokens.shape
+        return f"Past({rows} x {pos} tokens, {self.cache.nbytes / 2**20:.1f} MiB)"
+
+    def rows_for(self, batch: Batch) -> list[int]:
+        """Which of its rows each prompt of a batch continues.
+
+        Raises:
+            InputError: it has neither one row nor as many as there are prompts.
+        """
+        n = len(batch.tokens)
+        if len(self) not in (1, n):
+            raise InputError(
+                "the past does not fit the prompts",
+                got=f"a past of {len(self)} rows, and {n} prompts",
+                expected="one row, which all prompts share, or one for each",
+                fix="prefill one prompt, or as many as you continue",
+            )
+        return [0] * n if len(self) == 1 else list(range(n))
+
+    def branch(self, batch: Batch, rows: Sequence[int], room: int = 0) -> KVCache:
+        """A copy of the keys and values that some rows of a batch continue, with room for more tokens."""
+        held = self.rows_for(batch)
+        return self.cache.branch([held[row] for row in rows], self.cache.length + max(room, batch.tokens.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What `run_with_hooks` returns.
+
+    tokens: [batch pos], left-padded where prompts differ in length.
+    mask: [batch pos], True for a row's own tokens; None where nothing is padded.
+    saved: what `Save` ops kept, by hook point or name.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    saved: Saved
+    output: Tensor | None = field(repr=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """[batch pos d_vocab] (or the stream [batch pos d_model], if stopped at a layer).
+
+        Raises:
+            NotSavedError: a `Stop` ended the pass before.
+        """
+        if self.output is None:
+            raise NotSavedError(
+                "there are no logits",
+                got="a pass that a Stop ended before them",
+                expected="a pass that reaches the unembedding",
+                fix="leave the Stop out, or look at `saved` only",
+            )
+        return self.output
+
+
+def geometry_of(batch: Batch, past: Past | None) -> Geometry:
+    """The rows and tokens of a batch, and of what it continues."""
+    rows, width = batch.tokens.shape[:2]
+    prompt = tokens_of(width, batch.mask)
+    if past is None:
+        return Geometry(range(rows), prompt)
+    held = tokens_of(past.tokens.shape[1], past.mask)
+    own = None if held.own is None else tuple(held.own[row] for row in past.rows_for(batch))
+    return Geometry(range(rows), prompt, Tokens(held.width, own))
+
+
+def rows_of(batch: Batch, run: PassRun) -> Batch:
+    """The rows of one pass, without the padding that they do not need."""
+    if not run.execution.multiple:
+        return batch
+    rows = list(run.geometry.rows)
+    tokens = batch.tokens[rows, run.trimmed :]
+    mask = None if batch.mask is None or run.geometry.prompt.own is None else batch.mask[rows, run.trimmed :]
+    return Batch(tokens, mask)
+
+
+def forward(
+    model: Decoder,
+    batch: Batch,
+    program: Program,
+    *,
+    past: Past | None = None,
+    behind: Sequence[tuple[HookPoint, Attachment]] = (),
+    start_at_layer: int | None = None,
+    stop_at_layer: int | None = None,
+) -> Result:
+    """One pass of the batch, or as many as the program takes.
+
+    Args:
+        past: what the batch continues.
+        behind: attached behind the program's own.
+        start_at_layer, stop_at_layer: as `Decoder.decode`'s.
+    """
+    execution = Execution(program, generating=False)
+    found: list[tuple[PassRun, Tensor]] = []
+    for run in execution.passes():
+        rows = run.geometry.rows
+        cache = None if past is None else past.branch(batch, rows)
+        try:
+            with run.at(0), attached(behind):
+                output = model.decode(
+                    *rows_of(batch, run),
+                    start_at_layer=start_at_layer,
+                    stop_at_layer=stop_at_layer,
+                    cache=cache,
+                    prompts=rows,
+                )
+                found.append((run, output))
+        except Stopped:
+            pass
+        run.finished([1] * len(rows))
+    return Result(*batch, execution.saved(model.cfg.n_layers), _joined(found, batch))
+
+
+def prefill(model: Decoder, batch: Batch, program: Program, past: Past | None) -> Past:
+    """The batch processed, after a past if there is one; nothing is unembedded that no hook reads.
+
+    Raises:
+        InputError: hooks that take more than one pass, or end it.
+    """
+    execution = Execution(program, generating=False)
+    check_one_pass(program, "a prefill is one forward pass")
+    [run] = execution.passes()
+    rows = run.geometry.rows
+    cache = KVCache(batch.tokens.shape[1]) if past is None else past.branch(batch, rows, batch.tokens.shape[1])
+    try:
+        with torch.no_grad(), run.at(0):
+            model.decode(*batch, cache=cache, prompts=rows, n_logits=run.n_logits)
+    except Stopped:
+        raise _several("a prefill is one whole forward pass", "hooks with a Stop") from None
+    run.finished([1] * len(rows))
+    tokens = batch.tokens if past is None else torch.cat((past.tokens[past.rows_for(batch)], batch.tokens), 1)
+    return Past(tokens, cache.mask, cache, execution.saved(model.cfg.n_layers))
+
+
+def check_one_pass(program: Program, what: str) -> None:
+    """See that a program takes one pass.
+
+    Raises:
+        InputError: prompts need each other's later activations.
+    """
+    if len(program.passes) > 1:
+        raise _several(what, f"hooks that take {len(program.passes)}, because prompts use what others compute later")
+
+
+def _several(what: str, got: str) -> InputError:
+    fix = "use run_with_hooks, and lk.Save for what you want to keep"
+    return InputError(what, got=got, expected="hooks that leave it one, and whole", fix=fix)
+
+
+def _joined(found: list[tuple[PassRun, Tensor]], batch: Batch) -> Tensor | None:
+    """The passes' results as one batch, padded on the left."""
+    if not found:
+        return None
+    if len(found) == 1 and not found[0][0].execution.multiple:
+        return found[0][1]
+    first = found[0][1]
+    whole = first.new_zeros(*batch.tokens.shape, first.shape[-1])
+    for run, part in found:
+        whole[torch.tensor(run.geometry.rows, device=whole.device), run.trimmed :] = part
+    return whole
