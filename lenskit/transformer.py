@@ -378,7 +378,7 @@ class HookedTransformer(WeightAccess, Decoder):
         sampling.check(self.cfg.d_vocab)
         batch = repeated(left_padded(self._batch(prompts, mask, None, past)), copies)
         n_steps = checked_length(self, batch, past, n_steps)
-        pad = next(id for id in (self.tokenizer and self.tokenizer.pad_token_id, *eos, 0) if id is not None)
+        pad = (*([] if self.tokenizer is None else [self.tokenizer.pad_token_id or 0]), *eos, 0)[0]
         return Generator(
             model=self,
             batch=batch,

@@ -617,6 +617,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("slice", lambda: x[: x.sum()], "a slice in an expression"),
     ("no activation", lambda: Call("pow", (9, 9), {}), "is of no activation"),
     ("where", lambda: torch.where(x > 0), "a condition and two values"),
+    ("where with out", lambda: torch.where(x > 0, x, x, out=torch.zeros(4)), "out="),
+    ("where of four", lambda: x.where(x > 0, x, x), "a condition and two values"),
     ("where without other", lambda: x.where(x > 0), "a condition and two values"),
     # pairs
     ("pair added", lambda: x.topk(2) + 1, r"two tensors[\s\S]*values, indices = act\.topk"),

@@ -194,10 +194,10 @@ def normalise(
     kwargs = {
         key: value for key, value in kwargs.items() if not (key in _UNSAID and (value is _UNSAID[key] or key[0] == "_"))
     }
-    if name == "where":
+    if name == "where" and len(args) <= 3:
         names = ("input", "condition", "other") if func is Tensor.where else ("condition", "input", "other")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        return tuple(given[key] for key in ("condition", "input", "other") if key in given), {}
+        return tuple(given.pop(key) for key in ("condition", "input", "other") if key in given), given
     if "input" in kwargs and not args:
         return (kwargs.pop("input"),), kwargs
     return args, kwargs

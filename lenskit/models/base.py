@@ -243,7 +243,8 @@ class Decoder(Module):
         run = ForwardPass(
             tokens.shape[1], tokens.device, mask, cache=cache, step=step, prompts=prompts, n_logits=n_logits
         )
-        layers = islice(self.blocks, self._layer(start_at_layer, 0), self._layer(stop_at_layer, len(self.blocks)))
+        blocks = islice(self.blocks, self._layer(start_at_layer, 0), self._layer(stop_at_layer, len(self.blocks)))
+        layers = list(blocks)  # the compiler cannot take up an iterator
         if torch.compiler.is_compiling():  # a graph has no thread
             return self._through(layers, tokens, run, enter=start_at_layer is None, leave=stop_at_layer is None)
         outer, THREAD.run = THREAD.run, run

@@ -234,8 +234,8 @@ class KVCache:
             roomier = Layer.room(k, v, n_slots, origin=first, window=window)
             if layer is not None:
                 roomier.put(first, *layer.get(first, past))
+        self._layers[name] = roomier  # first: if a write is interrupted, the past is where it says
         roomier.put(past, k, v)
-        self._layers[name] = roomier
         return (k, v) if layer is None else roomier.get(first, end)
 
     def _past(self, name: str, first: int) -> Layer | None:
