@@ -7,8 +7,8 @@ from lenskit.errors import LenskitError
 from lenskit.generation import Generation
 from lenskit.hooks import HookPoint
 from lenskit.interventions.expressions import Act
+from lenskit.interventions.expressions.random_numbers import rand, rand_like, randn, randn_like
 from lenskit.interventions.forward import Past, Result
-from lenskit.interventions.functions import rand, rand_like, randn, randn_like
 from lenskit.interventions.ops import Add, Save, Scale, Set, Stop
 from lenskit.interventions.plan import Plan
 from lenskit.transformer import HookedTransformer

@@ -18,7 +18,8 @@ from lenskit.choosing import Chooser
 from lenskit.errors import GenerationError, InputError
 from lenskit.extras import load
 from lenskit.inputs import Batch
-from lenskit.interventions.execution import Execution, PassRun, Stopped
+from lenskit.interventions.actions import Stopped
+from lenskit.interventions.execution import Execution, PassRun
 from lenskit.interventions.forward import Past, rows_of
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved
@@ -167,7 +168,7 @@ class Generator:
                 self.streamer.put(chosen.cpu())
             done = self.chooser.ends(ids.so_far()[0], chosen, logits)
             ended = [False] * len(rows) if done is None else done.tolist()
-            kept = logits if self.return_logits else None
+            kept = logits.clone() if self.return_logits else None
             yield Step(index, rows, chosen, running, ended, kept, _NOTHING, self.decode)
             if True in ended:
                 running = [on and not end for on, end in zip(running, ended, strict=True)]
@@ -180,8 +181,11 @@ class Generator:
         self, run: PassRun, index: int, tokens: Tensor, mask: Tensor | None, cache: KVCache
     ) -> Float[Tensor, "row d_vocab"] | None:
         """At the last position of each row; None if a `Stop` ended the step."""
+        # Inference mode spares torch bookkeeping, a tenth of a small step; but no function of a user's should be handed
+        # tensors that autograd refuses.
+        mode = torch.inference_mode() if run.data_only else torch.no_grad()
         try:
-            with torch.no_grad(), run.at(index):
+            with mode, run.at(index):
                 logits = self.model.decode(
                     tokens, mask, cache=cache, step=index, prompts=run.geometry.rows, n_logits=run.n_logits
                 )

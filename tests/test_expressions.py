@@ -23,23 +23,23 @@ from torch import Tensor, nn
 import lenskit as lk
 from lenskit.errors import ExpressionError, PlanFormatError
 from lenskit.hooks import HookPoint
-from lenskit.interventions import expression_json
-from lenskit.interventions.expression_json import nodes_from_json, nodes_to_json
 from lenskit.interventions.expressions import (
     Act,
     Call,
     Expression,
     ModuleCall,
     acts,
+    as_json,
     bind,
     evaluate,
     modules,
     order,
     shape_of,
 )
-from lenskit.interventions.functions import rand, rand_like, randn, randn_like
+from lenskit.interventions.expressions.as_json import nodes_from_json, nodes_to_json
+from lenskit.interventions.expressions.closed_list import FUNCTIONS, METHODS
+from lenskit.interventions.expressions.random_numbers import rand, rand_like, randn, randn_like
 from lenskit.interventions.scope import attached, on_points
-from lenskit.interventions.torch_functions import FUNCTIONS, METHODS
 from lenskit.modules.attention import FusedQKV
 from lenskit.modules.linear import AbsentBias, Linear
 from lenskit.modules.module import Identity, Module, Symbol
@@ -1013,7 +1013,7 @@ def test_refuses_to_read(data: Any) -> None:
 
 
 def test_too_many_nodes_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expression_json, "MOST_NODES", 3)
+    monkeypatch.setattr(as_json, "MOST_NODES", 3)
     assert len(nodes_to_json([ACTS.x] * 3 + [ACTS.x * ACTS.v], lambda _: "", lambda _: "")[0]) == 3
     with pytest.raises(ExpressionError, match="too large for a file"):
         nodes_to_json([ACTS.x.exp() * ACTS.v], lambda _: "", lambda _: "")

@@ -4,7 +4,7 @@ Whoever runs the model asks for each pass (`Execution.passes`) and wraps each of
 Nothing stays attached between steps, so a generation may be left at any moment.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -13,21 +13,16 @@ import torch
 from torch import Tensor
 
 from lenskit.errors import StepError
-from lenskit.hooks import Attachment, HookPoint, attach, check_replacement, detach
+from lenskit.hooks import Attachment, HookPoint, attach, detach
+from lenskit.interventions.actions import CHANGES, Action, Stopped, calling, chain, snapshot, stop
 from lenskit.interventions.expressions import Act, Expression, evaluate
 from lenskit.interventions.geometry import Geometry
-from lenskit.interventions.ops import Add, Edit, Function, Save, Scale, Set
+from lenskit.interventions.ops import Edit, Function, Save, Set
 from lenskit.interventions.parts import Part, merged
 from lenskit.interventions.program import Place, Program, Resolved, Source, step_class
 from lenskit.interventions.saved import NeverRan, Saved
 from lenskit.interventions.selection import Selection, select
 from lenskit.interventions.selectors import Selectors
-
-Action = Callable[[Tensor], Tensor]
-
-
-class Stopped(Exception):
-    """Nothing after this point is computed: no error, it ends a pass that a `Stop` ends."""
 
 
 class Execution:
@@ -90,6 +85,7 @@ class PassRun:
 
     geometry: which rows, and their tokens. trimmed: columns of padding that they do without.
     active: for each row whether it still generates; None while all do.
+    data_only: whether no Python function sees an activation, not this program's nor one that is attached elsewhere.
     n_logits: how many of the last positions need logits in the present step; None for all.
     """
 
@@ -103,6 +99,9 @@ class PassRun:
         self._at_hand: dict[Source, Tensor] = {}
         self._attached: list[tuple[HookPoint, Attachment]] = []
         self._rebuild = True
+        functions = any(isinstance(op.op, Function) for op in self.program.ops)
+        others = any(point.attachments is not None for point in self.program.points.values())
+        self.data_only = not functions and not others  # whether no Python function sees an activation
         self._boundaries = {0, 1}
         for op in self.program.ops:
             self._boundaries |= _boundaries(op)
@@ -159,7 +158,7 @@ class PassRun:
                     columns = _wider(columns, place[1], seen)
         thread = get_ident()
         self._attached = [
-            (point, Attachment(_chain(some), "plan" if point in edited else "read", thread))
+            (point, Attachment(chain(some), "plan" if point in edited else "read", thread))
             for point, some in actions.items()
         ]
         self._rebuild = any("key_pos" in point.axes for point in actions)
@@ -188,13 +187,13 @@ class PassRun:
     def _action(self, resolved: Resolved, index: int, place: Place, step: int) -> Action:
         op, point = resolved.op, place[1]
         if isinstance(op, Function):
-            return _calling(op, point)
+            return calling(op, point)
         if isinstance(op, Save | Edit):
             part = self._part(place, op.selectors, resolved.rows, step)
             if isinstance(op, Save):
                 return self._saving(resolved.keys[index], part)
             return self._editing(resolved, op, part)
-        return _stop
+        return stop
 
     def _saving(self, key: tuple[str, ...], part: Part) -> Action:
         kept = self.execution.saves.setdefault(key, {})
@@ -202,8 +201,7 @@ class PassRun:
         def save(x: Tensor) -> Tensor:
             value = self._without_finished(part, part.selection.read(x))
             if value is not None:
-                # A tensor of its own: a snapshot, and no small view that keeps a large activation alive.
-                kept.setdefault(self.step, []).append((part, value.clone()))
+                kept.setdefault(self.step, []).append((part, snapshot(value)))
             return x
 
         return save
@@ -224,7 +222,7 @@ class PassRun:
         return read
 
     def _editing(self, resolved: Resolved, op: Edit, part: Part) -> Action:
-        change = _CHANGES[type(op)]
+        change = CHANGES[type(op)]
         value, selection = op.value, part.selection
         if not isinstance(value, Expression):
             constant: Any = part.value(value)
@@ -302,7 +300,7 @@ class PassRun:
         here = self._rows_here(op.rows)
         if any(source.step is None for source in op.sources) and not any(self._is_active(row) for row in here):
             return
-        value = self._value(op, op.op.expressions[0], None).clone()
+        value = snapshot(self._value(op, op.op.expressions[0], None))
         self.execution.saves.setdefault(op.keys[0], {})[self.step] = [(None, value)]
 
     def _is_last(self, op: Resolved) -> bool:
@@ -329,47 +327,6 @@ class PassRun:
             return value
         shape = [-1] + [1] * (value.dim() - 1)
         return value.masked_fill(~torch.tensor(going, device=value.device).view(shape), 0)
-
-
-def _set(old: Tensor, value: Any) -> Any:
-    return value
-
-
-def _add(old: Tensor, value: Any) -> Tensor:
-    return old + value
-
-
-def _scale(old: Tensor, value: Any) -> Tensor:
-    return old * value
-
-
-_CHANGES: dict[type, Callable[[Tensor, Any], Any]] = {Set: _set, Add: _add, Scale: _scale}
-
-
-def _chain(actions: list[Action]) -> Callable[[Tensor, HookPoint], Tensor]:
-    if len(actions) == 1:
-        [only] = actions
-        return lambda x, _: only(x)
-
-    def run(x: Tensor, _: HookPoint) -> Tensor:
-        for action in actions:
-            x = action(x)
-        return x
-
-    return run
-
-
-def _calling(op: Function, point: HookPoint) -> Action:
-    def call(x: Tensor) -> Tensor:
-        own = x.clone()
-        result = op.function(own, point)
-        return own if result is None else check_replacement(result, x, point)
-
-    return call
-
-
-def _stop(x: Tensor) -> Tensor:
-    raise Stopped
 
 
 def _wider(columns: int | None, point: HookPoint, part: Part | None) -> int | None:

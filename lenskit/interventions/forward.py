@@ -10,7 +10,8 @@ from torch import Tensor
 from lenskit.errors import InputError, NotSavedError
 from lenskit.hooks import Attachment, HookPoint
 from lenskit.inputs import Batch
-from lenskit.interventions.execution import Execution, PassRun, Stopped
+from lenskit.interventions.actions import Stopped
+from lenskit.interventions.execution import Execution, PassRun
 from lenskit.interventions.geometry import Geometry, Tokens, tokens_of
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lenskit.errors import PlanError, PlanFormatError
-from lenskit.interventions.expression_json import nodes_from_json, nodes_to_json
 from lenskit.interventions.expressions import Call, Expression, order
+from lenskit.interventions.expressions.as_json import nodes_from_json, nodes_to_json
 from lenskit.interventions.ops import Add, Edit, Numbered, Op, Save, Scale, Set, Stop
 from lenskit.interventions.selectors import Selectors
 from lenskit.interventions.sites import Site

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lenskit.interventions.torch_functions import FUNCTIONS, SIGNS
+from lenskit.interventions.expressions.closed_list import FUNCTIONS, SIGNS
 
 LONGEST = 200  # characters, about
 _ATOM = 10  # binds as tightly as a name does

@@ -1,9 +1,4 @@
-"""Expressions: computations over activations, as data.
-
-`Act(name)` stands for an activation. Arithmetic on it, indexing, and the functions of a closed list compute nothing:
-they build a graph of nodes, which is checked before the model runs (`shape_of`), computed while it runs (`evaluate`),
-and written to files (`expression_json.py`).
-"""
+"""What is asked of an expression: what it reads, its shape before anything runs, its value while the model runs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,12 +8,10 @@ from torch import Tensor, nn
 
 from lenskit.errors import ExpressionError
 from lenskit.hooks import hooks_off
-from lenskit.interventions import expression_shapes
-from lenskit.interventions.expression_nodes import Act, Call, Expression, ModuleCall, order
-from lenskit.interventions.expression_text import shapes_text
-from lenskit.interventions.torch_functions import FUNCTIONS, RANDOM
-
-__all__ = ["Act", "Call", "Expression", "ModuleCall", "acts", "bind", "evaluate", "modules", "order", "shape_of"]
+from lenskit.interventions.expressions import shapes
+from lenskit.interventions.expressions.closed_list import FUNCTIONS, RANDOM
+from lenskit.interventions.expressions.nodes import Act, Call, Expression, ModuleCall, order
+from lenskit.interventions.expressions.text import shapes_text
 
 Leaf = Callable[[Act], Tensor]
 
@@ -115,7 +108,7 @@ def _computed(
             continue
         args, kwargs = _filled(node, values, device)
         if isinstance(node, Call) and node.function in RANDOM:
-            kwargs["device"] = expression_shapes.META if device is None else device
+            kwargs["device"] = shapes.META if device is None else device
         try:
             value = compute(node, args, kwargs)
         except (ExpressionError, torch.OutOfMemoryError):
@@ -142,8 +135,8 @@ def _result(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, An
 
 def _shape(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(node, Call):
-        return expression_shapes.applied(FUNCTIONS[node.function], args, kwargs)
-    return expression_shapes.through(_module(node), *args)
+        return shapes.applied(FUNCTIONS[node.function], args, kwargs)
+    return shapes.through(_module(node), *args)
 
 
 def _module(node: ModuleCall) -> nn.Module:

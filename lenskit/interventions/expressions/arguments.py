@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lenskit.errors import ExpressionError
-from lenskit.interventions.torch_functions import DTYPES
+from lenskit.interventions.expressions.closed_list import DTYPES
 
 E = TypeVar("E")
 

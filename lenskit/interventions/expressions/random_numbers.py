@@ -1,6 +1,6 @@
 """Random numbers in expressions: the same in every run and on every machine, by their seed."""
 
-from lenskit.interventions.expressions import Call, Expression
+from lenskit.interventions.expressions.nodes import Call, Expression
 
 
 def rand(*shape: int, seed: int) -> Call:

@@ -11,10 +11,8 @@ from typing import Any, Never, Self, final
 from torch import Tensor, nn
 
 from lenskit.errors import ExpressionError
-from lenskit.interventions.expression_arguments import Held
-from lenskit.interventions.expression_text import Text, call_text, shortened
-from lenskit.interventions.selectors import Selector, Selectors
-from lenskit.interventions.torch_functions import (
+from lenskit.interventions.expressions.arguments import Held
+from lenskit.interventions.expressions.closed_list import (
     BY_CALLABLE,
     FUNCTIONS,
     METHODS,
@@ -25,6 +23,8 @@ from lenskit.interventions.torch_functions import (
     refusal,
     spelled,
 )
+from lenskit.interventions.expressions.text import Text, call_text, shortened
+from lenskit.interventions.selectors import Selector, Selectors
 from lenskit.modules.module import Symbol
 
 # -- operators, and what an expression cannot do

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lenskit.errors import ExpressionError, PlanError, PlanFormatError
-from lenskit.interventions.expression_arguments import DEEPEST
-from lenskit.interventions.expressions import Act, Call, Expression, ModuleCall, order
+from lenskit.interventions.expressions.arguments import DEEPEST
+from lenskit.interventions.expressions.closed_list import DTYPES
+from lenskit.interventions.expressions.nodes import Act, Call, Expression, ModuleCall, order
 from lenskit.interventions.selectors import Selectors
-from lenskit.interventions.torch_functions import DTYPES
 
 MOST_NODES = 100_000
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

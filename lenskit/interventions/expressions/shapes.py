@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lenskit.hooks import hooks_off
-from lenskit.interventions.torch_functions import Function
+from lenskit.interventions.expressions.closed_list import Function
 
 META = torch.device("meta")
 
