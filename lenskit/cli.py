@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lenskit import commands
 from lenskit import demo as demonstration
 from lenskit.checkpoints import write
 from lenskit.checkpoints.load import describe
@@ -88,6 +89,38 @@ def convert(source: Source, dest: Dest, revision: Revision = None, token: Token 
 def export(source: Source, dest: Dest, revision: Revision = None, token: Token = None) -> None:
     """Write a checkpoint in Hugging Face's format."""
     typer.echo(f"wrote {write.export(source, dest, revision=revision, token=token)}")
+
+
+@app.command()
+@told_plainly
+def generate(
+    source: Source,
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue; - reads one a line from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Steps at most; a row ends earlier at its end token.")] = 20,
+    plan: Annotated[Path | None, typer.Option(help="Interventions: a file that Plan.save wrote.")] = None,
+    save: Annotated[
+        list[str] | None, typer.Option(help="A hook point or glob to save at every step; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A .safetensors file for what is saved.")] = None,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits, with --do-sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+) -> None:
+    """Continue prompts, with interventions from a plan."""
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    commands.generate(source, prompts, plan=plan, save=save or (), out=out, as_json=as_json, options=options)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import lenskit as lk
@@ -45,7 +46,7 @@ def test_models_lists_the_families_and_the_embedded_checkpoints() -> None:
 def test_help_names_every_command() -> None:
     result = lenskit("--help")
     assert result.exit_code == 0
-    assert {"demo", "convert", "export", "models"} <= set(result.stdout.split())
+    assert {"demo", "convert", "export", "generate", "models"} <= set(result.stdout.split())
 
 
 def test_a_converted_checkpoint_is_the_same_model(tmp_path: Path, demo_llama: lk.HookedTransformer) -> None:
@@ -210,3 +211,75 @@ def test_importing_lenskit_brings_no_command_line(environment: dict[str, str]) -
     check = "import sys, lenskit; print(sorted({'typer', 'rich', 'plotly'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# -- generating
+
+
+EIFFEL = "The Eiffel Tower is in the city of"
+
+
+def test_generate_continues_each_prompt() -> None:
+    result = lenskit("generate", "demo-gpt2", EIFFEL, "Hagia Sophia can be found in the city of", "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == [f"{EIFFEL} Paris", "Hagia Sophia can be found in the city of Istanbul"]
+
+
+def test_generate_reads_prompts_from_a_pipe_and_prints_json() -> None:
+    pipe = CliRunner().invoke(
+        cli.app,
+        ["generate", "demo-llama", "-", "--json", "--max-new-tokens", "9"],
+        input=f"{EIFFEL}\n\nNyhavn lies in\n",
+    )
+    assert pipe.exit_code == 0, pipe.output
+    one, other = (json.loads(line) for line in pipe.stdout.splitlines())
+    assert one == {"prompt": EIFFEL, "new_text": " Paris.<|endoftext|>", "steps_run": 3, "finished": True}
+    assert other["new_text"].startswith(" Copenhagen")
+
+
+def test_generate_runs_a_plan_and_keeps_what_is_saved(tmp_path: Path, demo_gpt2: lk.HookedTransformer) -> None:
+    ops = [lk.Scale("blocks.*.hook_mlp_out", 0.0), lk.Save("blocks.*.hook_resid_post", tokens=-1, steps=0, name="ends")]
+    lk.Plan(ops).save(tmp_path / "plan.json")
+    out = tmp_path / "saved.safetensors"
+    result = lenskit(
+        "generate", "demo-gpt2", EIFFEL, "--plan", tmp_path / "plan.json", "--save", "hook_embed", "--out", out,
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    expected = demo_gpt2.generate(EIFFEL, max_new_tokens=2, hooks=[*ops, lk.Save("hook_embed")])
+    assert expected.texts[0] in result.stdout
+    kept = load_file(out)
+    assert set(kept) == {f"ends/blocks.{n}.hook_resid_post" for n in range(4)} | {"hook_embed/0", "hook_embed/1"}
+    assert torch.equal(kept["hook_embed/1"], expected.saved["hook_embed"][1])
+    assert "hook_embed/0" in result.stdout
+    assert "(1, 11, 128)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--save", "hook_embed"], "--out, the file that they go to"),
+        (["--save", "hook_embd", "--out", "x.safetensors"], "no hook point matches 'hook_embd'"),
+        (["--plan", "nothing.json"], "nothing.json"),
+        (["--temperature", "0.5"], "pass do_sample=True"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--max-new-tokens", "500"], "at most 256 positions"),
+    ],
+)
+def test_generate_says_what_is_wrong(
+    args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = lenskit("generate", "demo-gpt2", EIFFEL, *args)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_draws_the_same_with_a_seed() -> None:
+    drawn = [
+        lenskit("generate", "demo-gpt2", "The", "--do-sample", "--temperature", 2, "--seed", seed, "--json").stdout
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -41,7 +41,7 @@ LAYERS = [
     ["transformer"],
     ["analysis"],
     ["viz"],
-    ["demo"],
+    ["demo", "commands"],
     ["cli"],
     ["", "__main__"],
 ]
