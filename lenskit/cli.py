@@ -95,7 +95,10 @@ def export(source: Source, dest: Dest, revision: Revision = None, token: Token =
 @told_plainly
 def generate(
     source: Source,
-    prompts: Annotated[list[str], typer.Argument(help="Texts to continue; - reads one a line from standard input.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts to continue. In a pipe, or for -, lines of standard input."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Steps at most; a row ends earlier at its end token.")] = 20,
     plan: Annotated[Path | None, typer.Option(help="Interventions: a file that Plan.save wrote.")] = None,
     save: Annotated[
@@ -120,7 +123,7 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-    commands.generate(source, prompts, plan=plan, save=save or (), out=out, as_json=as_json, options=options)
+    commands.generate(source, prompts or (), plan=plan, save=save or (), out=out, as_json=as_json, options=options)
 
 
 @app.command()

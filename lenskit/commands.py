@@ -2,20 +2,26 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lenskit.errors import InputError
+from lenskit.errors import InputError, NotSavedError
 from lenskit.generation import Generation
 from lenskit.interventions.ops import Op, Save
 from lenskit.interventions.plan import Plan
+from lenskit.interventions.selectors import indices
 from lenskit.transformer import HookedTransformer
+
+Key = tuple[str, int | None]  # of a saved tensor: its name, and its step where there is one a step
 
 
 def generate(
@@ -32,7 +38,7 @@ def generate(
 
     Args:
         source: a checkpoint's name, folder or hub id.
-        prompts: texts; "-" stands for the lines of standard input.
+        prompts: texts; "-" stands for the lines of standard input, and so does nothing at all, where that is a pipe.
         plan: a file that `Plan.save` wrote.
         save: names or globs of hook points to save, at every step.
         out: a .safetensors file for what is saved; keys are the names, with /step behind where there is one a step.
@@ -42,84 +48,156 @@ def generate(
     Raises:
         LenskitError: whatever is wrong with the checkpoint, the plan or the options; nothing is written.
     """
-    texts = list(_texts(prompts))
+    texts = _texts(prompts)
     hooks: list[Op] = [*(Plan.load(plan).ops if plan else ()), *(Save(name) for name in save)]
-    if out is None and save:
-        raise InputError(
-            "--save keeps activations in a file",
-            got="no file",
-            expected="--out, the file that they go to",
-            fix="add --out activations.safetensors",
-        )
+    saves = [op for op in hooks if isinstance(op, Save)]
+    _check_out(out, saves, plan, asked=bool(save))
     model = HookedTransformer.from_pretrained(source)
-    streamed = len(texts) == 1 and not as_json and sys.stdout.isatty()
-    if streamed:
-        _stream(model, texts[0], hooks, options, out)
+    console = Console(soft_wrap=True, highlight=False)
+    if len(texts) == 1 and not as_json and sys.stdout.isatty():
+        console.print(Text(texts[0], "dim"), end="")
+        found = model.generate(texts, hooks=hooks, streamer=Shown(model, console), progress=False, **options)
+    else:
+        found = model.generate(texts, hooks=hooks, **options)
+        _tell(texts, found, console, as_json=as_json)
+    tensors = dict(_tensors(found, saves, model, options["max_new_tokens"]))
+    if out is not None:
+        _write(tensors, out)
+    if saves and not as_json:
+        _show(tensors, out)
+
+
+class Shown:
+    """A streamer that prints each new token of one prompt as it comes, once its characters are whole."""
+
+    def __init__(self, model: HookedTransformer, console: Console) -> None:
+        self.model, self.console = model, console
+        self.ids: list[int] = []
+        self.shown = 0  # characters, those of the prompt included
+
+    def put(self, tokens: Tensor) -> None:
+        """Take ids: first the prompt's, which are not printed, then one at a time."""
+        prompt = not self.ids
+        self.ids += tokens.flatten().tolist()
+        text = self.model.to_string(self.ids)
+        if prompt:
+            self.shown = len(text)
+        elif not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the next token has the rest of a character
+            self._print(text)
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        self._print(self.model.to_string(self.ids))
+        self.console.print()
+
+    def _print(self, text: str) -> None:
+        self.console.print(Text(text[self.shown :]), end="")
+        self.shown = len(text)
+
+
+def _texts(prompts: Sequence[str]) -> list[str]:
+    texts: list[str] = []
+    piped = not prompts and not sys.stdin.isatty()
+    for prompt in ["-"] if piped else prompts:
+        texts += [line for line in sys.stdin.read().splitlines() if line.strip()] if prompt == "-" else [prompt]
+    if texts:
+        return texts
+    raise InputError(
+        "there is no prompt",
+        got="no text, and none on standard input",
+        expected="texts to continue, or a pipe with one a line",
+        fix='write lenskit generate demo-gpt2 "The Eiffel Tower is in"',
+    )
+
+
+def _check_out(out: Path | None, saves: Sequence[Save], plan: Path | None, *, asked: bool) -> None:
+    """See, before anything runs, that what is saved has a place to go to, and that the place has something to keep."""
+    if out is None:
+        if asked:
+            raise _bad_out("no file", "--out, the file that they go to", "add --out activations.safetensors")
         return
-    found = model.generate(texts, hooks=hooks, **options)
+    if not saves:
+        fix = "add --save with a hook point's name, a Save to the plan, or leave --out out"
+        raise _bad_out(f"--out {out}, and nothing to save", "something to keep", fix)
+    if out.suffix != ".safetensors":
+        raise _bad_out(
+            f"--out {out}", "a name that ends in .safetensors", f"write --out {out.with_suffix('.safetensors')}"
+        )
+    if plan is not None and out.resolve() == plan.resolve().with_suffix(".safetensors"):
+        raise _bad_out(f"--out {out}, where the plan's own tensors are", "another file", "choose another name")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise _bad_out(f"--out {out}", "a file in a folder that is there", "make the folder, or choose another name")
+
+
+def _bad_out(got: str, expected: str, fix: str) -> InputError:
+    return InputError("activations are kept in a file", got=got, expected=expected, fix=fix)
+
+
+def _tell(texts: Sequence[str], found: Generation, console: Console, *, as_json: bool) -> None:
     for text, new, steps, finished in zip(texts, found.new_texts, found.steps_run, found.finished, strict=True):
         if as_json:
             print(json.dumps({"prompt": text, "new_text": new, "steps_run": steps, "finished": finished}))
         else:
-            Console(soft_wrap=True, highlight=False).print(f"[dim]{_plain(text)}[/dim]{_plain(new)}")
-    _keep(found, out, quiet=as_json)
+            console.print(Text.assemble((text, "dim"), new))
 
 
-def _texts(prompts: Sequence[str]) -> Iterator[str]:
-    for prompt in prompts:
-        if prompt == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        else:
-            yield prompt
+# -- what was saved
 
 
-def _stream(
-    model: HookedTransformer, text: str, hooks: Sequence[Op], options: dict[str, Any], out: Path | None
-) -> None:
-    """One prompt at a terminal: tokens as they come."""
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"[dim]{_plain(text)}[/dim]", end="")
-    tensors: dict[str, Tensor] = {}
-    for step in model.generate_steps([text], hooks=hooks, **options):
-        console.print(_plain(step.texts[0]), end="")
-        for key, value in step.saved.items():
-            tensors |= _flat(key, [value], first=step.index)
-    console.print()
-    _write(tensors, out)
+def _tensors(
+    found: Generation, saves: Sequence[Save], model: HookedTransformer, n_steps: int
+) -> Iterator[tuple[Key, Tensor | None]]:
+    """All tensors; None for a name of which no step ran."""
+    for op in saves:
+        steps = sorted(set(indices(op.selectors.steps, n_steps)))
+        for key in model.hook_names(op.at) if op.name is None else [op.name]:
+            for name, value in _by_point(key, found.saved):
+                if isinstance(value, list) and value:
+                    yield from (((name, step), tensor) for step, tensor in zip(steps, value, strict=False))
+                else:
+                    yield (name, None), value if isinstance(value, Tensor) else None
 
 
-def _keep(found: Generation, out: Path | None, *, quiet: bool) -> None:
-    tensors: dict[str, Tensor] = {}
-    for key, value in found.saved.items():
-        tensors |= _flat(key, value)
-    _write(tensors, out, quiet=quiet)
+def _by_point(key: str, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    try:
+        value = saved[key]
+    except NotSavedError:  # its step never ran
+        value = None
+    if isinstance(value, Mapping):
+        yield from ((f"{key}/{point}", part) for point in value for _, part in _by_point(point, value))
+    else:
+        yield key, value
 
 
-def _write(tensors: dict[str, Tensor], out: Path | None, *, quiet: bool = False) -> None:
-    """The file, and a table of what is in it."""
-    if out is not None:
-        save_file(tensors, out)
-    if not tensors or quiet:
-        return
+def _write(tensors: Mapping[Key, Tensor | None], out: Path) -> None:
+    named: dict[str, Tensor] = {}
+    for (name, step), tensor in tensors.items():
+        if tensor is None:
+            continue
+        key = name if step is None else f"{name}/{step}"
+        if key in named:
+            raise _bad_out(f"two tensors called {key!r}", "a name for each", "name the saves of the plan differently")
+        named[key] = tensor.contiguous()
+    try:
+        save_file(named, out)
+        out.chmod(
+            out.absolute().parent.stat().st_mode & 0o666
+        )  # safetensors' own would be readable for its owner alone
+    except SafetensorError as error:
+        raise _bad_out(f"{error}", f"to be able to write {out}", "choose another place") from error
+
+
+def _show(tensors: Mapping[Key, Tensor | None], out: Path | None) -> None:
+    """What was saved, as a table: a row for each name, or for the steps of it that are alike."""
     table = Table("saved", "shape", "dtype", box=None, header_style="dim")
-    for key, tensor in tensors.items():
-        table.add_row(key, str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch."))
-    console = Console()
+    for (name, shape, dtype), alike in groupby(tensors, key=lambda key: (key[0], *_kind(tensors[key]))):
+        steps = [step for _, step in alike]
+        key = name if steps[0] is None else f"{name}/{steps[0]}" + (f" … {steps[-1]}" if len(steps) > 1 else "")
+        table.add_row(key, shape, dtype)
+    console = Console(highlight=False)
     console.print(table)
-    console.print(f"wrote {out}" if out else "not kept: --out FILE.safetensors writes these", highlight=False)
+    console.print(Text(f"wrote {out}" if out else "not kept: --out FILE.safetensors writes these"))
 
 
-def _flat(key: str, value: Any, first: int = 0) -> dict[str, Tensor]:
-    """Tensors by name: lists by step, dictionaries by point."""
-    if isinstance(value, Tensor):
-        return {key: value.contiguous()}
-    parts = value.items() if isinstance(value, dict) else enumerate(value, first)
-    flat: dict[str, Tensor] = {}
-    for name, part in parts:
-        flat |= _flat(f"{key}/{name}", part)
-    return flat
-
-
-def _plain(text: str) -> str:
-    """Text in which rich sees no markup."""
-    return text.replace("[", r"\[")
+def _kind(tensor: Tensor | None) -> tuple[str, str]:
+    return ("never ran", "") if tensor is None else (f"{tuple(tensor.shape)}", f"{tensor.dtype}".removeprefix("torch."))

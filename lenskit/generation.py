@@ -26,6 +26,7 @@ from lenskit.interventions.saved import Saved
 from lenskit.models.base import Decoder
 from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import LearnedPositions
+from lenskit.modules.module import at_least_float32
 
 Decode = Callable[[Tensor], str]
 
@@ -162,20 +163,28 @@ class Generator:
             if logits is None:  # a Stop
                 yield Step(index, rows, None, running, [True] * len(rows), None, _NOTHING, self.decode)
                 return
-            chosen = self.chooser.next_tokens(logits, *ids.so_far())
-            ids.add(chosen)
-            if self.streamer is not None:
-                self.streamer.put(chosen.cpu())
-            done = self.chooser.ends(ids.so_far()[0], chosen, logits)
+            try:
+                chosen, done = self._choose(logits, ids)
+            except BaseException as error:  # in a processor, criterion or streamer of the user's
+                error.add_note(run.where())
+                raise
             ended = [False] * len(rows) if done is None else done.tolist()
             kept = logits.clone() if self.return_logits else None
-            yield Step(index, rows, chosen, running, ended, kept, _NOTHING, self.decode)
+            yield Step(index, rows, chosen.clone(), running, ended, kept, _NOTHING, self.decode)
             if True in ended:
                 running = [on and not end for on, end in zip(running, ended, strict=True)]
                 if not any(running):
                     return
                 run.active = None if all(running) else running
             tokens, mask = chosen.unsqueeze(1), None
+
+    def _choose(self, logits: Tensor, ids: "_Ids") -> tuple[Tensor, Tensor | None]:
+        """The next token of each row, and which rows it ends."""
+        chosen = self.chooser.next_tokens(logits, *ids.so_far())
+        ids.add(chosen)
+        if self.streamer is not None:
+            self.streamer.put(chosen.cpu())
+        return chosen, self.chooser.ends(ids.so_far()[0], chosen, logits)
 
     def _logits(
         self, run: PassRun, index: int, tokens: Tensor, mask: Tensor | None, cache: KVCache
@@ -209,7 +218,7 @@ class Generator:
         n = len(self.batch.tokens)
         before = self._past_of(tuple(range(n)))
         new: list[Tensor] = [self.batch.tokens[0, :0]] * n
-        logits: list[Tensor] = [torch.empty(0)] * n
+        logits: list[Tensor] = [self.model.unembed.weight.new_empty(0, self.model.cfg.d_vocab)] * n
         finished = [False] * n
         for taken in steps.values():
             chosen = [step.tokens for step in taken if step.tokens is not None]
@@ -270,7 +279,7 @@ def _own(batch: Batch | None, row: int) -> list[Tensor]:
 def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     if not len(tokens):
         return torch.empty(0)
-    return logits.float().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    return logits.to(at_least_float32(logits.dtype)).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
 
 def left_padded(batch: Batch) -> Batch:

@@ -221,8 +221,7 @@ class HookedTransformer(WeightAccess, Decoder):
             input, mask, past, start_at_layer, stop_at_layer: as `run_with_hooks`'s.
 
         Raises:
-            UnknownHookPointError: `names` matches nothing.
-            PlanError, HookError: see `run_with_hooks`.
+            UnknownHookPointError: `names` matches nothing. PlanError, HookError: see `run_with_hooks`.
         """
         kept: dict[str, Tensor] = {}
 
@@ -231,8 +230,7 @@ class HookedTransformer(WeightAccess, Decoder):
 
         batch = self._batch(input, mask, start_at_layer, past)
         running = self.points_between(start_at_layer, stop_at_layer)
-        everything = [point for point in running.values() if not point.on_demand]
-        points = everything if names is None else resolve(names, running)
+        points = [p for p in running.values() if not p.on_demand] if names is None else resolve(names, running)
         program = self._plan(hooks, batch, past, running)
         check_one_pass(program, "a cache is of one forward pass")
         layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
@@ -310,9 +308,10 @@ class HookedTransformer(WeightAccess, Decoder):
             GenerationError: an option that makes no sense or is not supported.
             PlanError, HookError, InputError: see `run_with_hooks`. Nothing runs then.
         """
-        given = {name: value for name, value in locals().items() if name in CHOICES}
-        options = {**given, **unsupported}
-        return self._generator(options, prompts, hooks, mask, past, streamer, progress, return_logits).run()
+        given = {name: value for name, value in locals().items() if name in (*CHOICES, "generation_config")}
+        return self._generator(
+            {**given, **unsupported}, prompts, hooks, mask, past, streamer, progress, return_logits
+        ).run()
 
     def generate_steps(
         self,
@@ -327,8 +326,7 @@ class HookedTransformer(WeightAccess, Decoder):
     ) -> Iterator[Step]:
         """`generate`, one step at a time: each `Step` has its tokens and what was saved in it, as soon as it ran.
 
-        Everything is checked at the call. Between steps nothing is attached to the model; the iterator may be left or
-        closed at any moment. Arguments as `generate`'s.
+        All is checked at the call. Between steps nothing is attached; the iterator may be closed at any moment.
         """
         return self._generator(options, prompts, hooks, mask, past, streamer, False, return_logits).steps()
 
@@ -372,11 +370,13 @@ class HookedTransformer(WeightAccess, Decoder):
         return_logits: bool,
     ) -> Generator:
         """A generation with everything checked."""
-        config = options.pop("generation_config", None)
         eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
-        sampling, n_steps, copies = sampling_from(options, config, {"eos_token_id": eos})
+        sampling, n_steps, copies = sampling_from(
+            options, options.pop("generation_config", None), {"eos_token_id": eos}
+        )
         sampling.check(self.cfg.d_vocab)
         batch = repeated(left_padded(self._batch(prompts, mask, None, past)), copies)
+        past = None if past is None else past.repeated(copies)
         n_steps = checked_length(self, batch, past, n_steps)
         pad = (*([] if self.tokenizer is None else [self.tokenizer.pad_token_id or 0]), *eos, 0)[0]
         return Generator(

@@ -55,13 +55,13 @@ class Execution:
                     values[key[0]] = value
                 else:
                     values.setdefault(key[0], {})[key[1]] = value
-        return Saved(values, n_layers=n_layers)
+        return Saved.of(values, n_layers)
 
     def _collected(self, op: Resolved, steps: dict[int, list[tuple[Part | None, Tensor]]]) -> Any:
         tensors = [_joined(steps[step]) for step in sorted(steps)]
         if op.listed:
             return tensors
-        return tensors[0] if tensors else NeverRan(op.steps[0], max(self.steps_run))
+        return tensors[0] if tensors else NeverRan(op.steps[0], max(self.steps_run[row] for row in op.rows))
 
     def take(self, step: int, n_layers: int) -> Saved:
         """What one step saved, which then is forgotten: for those who look at a generation step by step."""
@@ -73,7 +73,7 @@ class Execution:
                     values[key[0]] = _joined(parts)
                 elif parts is not None:
                     values.setdefault(key[0], {})[key[1]] = _joined(parts)
-        return Saved(values, n_layers=n_layers)
+        return Saved.of(values, n_layers)
 
 
 def _joined(parts: Sequence[tuple[Part | None, Tensor]]) -> Tensor:
@@ -99,6 +99,7 @@ class PassRun:
         self._at_hand: dict[Source, Tensor] = {}
         self._attached: list[tuple[HookPoint, Attachment]] = []
         self._rebuild = True
+        self._thread = get_ident()  # that the attachments are for: another one may take the next step
         functions = any(isinstance(op.op, Function) for op in self.program.ops)
         others = any(point.attachments is not None for point in self.program.points.values())
         self.data_only = not functions and not others  # whether no Python function sees an activation
@@ -111,7 +112,7 @@ class PassRun:
     def at(self, step: int) -> Iterator[None]:
         """The length of one step: what is live in it is attached, whoever else is there."""
         self.step = step
-        if self._rebuild or step in self._boundaries:
+        if self._rebuild or step in self._boundaries or self._thread != get_ident():
             self._build(step)
         attached = self._attached
         try:
@@ -123,12 +124,16 @@ class PassRun:
             raise
         except BaseException as error:
             if self.execution.generating or self.execution.multiple:
-                rows = ", ".join(map(str, self.geometry.rows[:8])) + (", ..." if len(self.geometry.rows) > 8 else "")
-                error.add_note(f"at step {step} of at most {self.program.n_steps}, prompts {rows}")
+                error.add_note(self.where())
             raise
         finally:
             detach(attached)
             self._at_hand.clear()
+
+    def where(self) -> str:
+        """The present step and its prompts, for a note on an error."""
+        rows = ", ".join(map(str, self.geometry.rows[:8])) + (", ..." if len(self.geometry.rows) > 8 else "")
+        return f"at step {self.step} of at most {self.program.n_steps}, prompts {rows}"
 
     def finished(self, steps_run: Sequence[int]) -> None:
         """Tell how many steps each row took, once the pass is over."""
@@ -156,9 +161,9 @@ class PassRun:
                     whole = isinstance(op.op, Function)
                     seen = None if whole else self._part(place, op.op.selectors, op.rows, step)
                     columns = _wider(columns, place[1], seen)
-        thread = get_ident()
+        self._thread = get_ident()
         self._attached = [
-            (point, Attachment(chain(some), "plan" if point in edited else "read", thread))
+            (point, Attachment(chain(some), "plan" if point in edited else "read", self._thread))
             for point, some in actions.items()
         ]
         self._rebuild = any("key_pos" in point.axes for point in actions)

@@ -59,6 +59,14 @@ class Past:
             )
         return [0] * n if len(self) == 1 else list(range(n))
 
+    def repeated(self, copies: int) -> "Past":
+        """Each row so many times, next to each other; one row is shared anyway."""
+        if copies == 1 or len(self) == 1:
+            return self
+        rows = [row for row in range(len(self)) for _ in range(copies)]
+        mask = None if self.mask is None else self.mask[rows]
+        return Past(self.tokens[rows], mask, self.cache.branch(rows, self.cache.length), self.saved)
+
     def branch(self, batch: Batch, rows: Sequence[int], room: int = 0) -> KVCache:
         """A copy of the keys and values that some rows of a batch continue, with room for more tokens."""
         held = self.rows_for(batch)
@@ -172,7 +180,7 @@ def prefill(model: Decoder, batch: Batch, program: Program, past: Past | None) -
     except Stopped:
         raise _several("a prefill is one whole forward pass", "hooks with a Stop") from None
     run.finished([1] * len(rows))
-    tokens = batch.tokens if past is None else torch.cat((past.tokens[past.rows_for(batch)], batch.tokens), 1)
+    tokens = batch.tokens.clone() if past is None else torch.cat((past.tokens[past.rows_for(batch)], batch.tokens), 1)
     return Past(tokens, cache.mask, cache, execution.saved(model.cfg.n_layers))
 
 

@@ -63,7 +63,7 @@ class Save(Op):
         steps: of a generation: an int saves one tensor, a slice, a list or nothing a list of tensors, one a step
             that ran. Outside of a generation there is only step 0.
         name: the key in `saved`; the hook point's name if left out. An expression needs one. Where `at` names several
-            points and there is a name, `saved[name]` is a dictionary by point.
+            points and there is a name, `saved[name]` is a mapping by point.
 
     Raises:
         SelectorError: a selector that is no int, slice or list of ints.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -19,8 +19,8 @@ class NeverRan:
 class Saved(Mapping[str, Any]):
     """What was saved, by the hook point's full name or the `name=` that the `Save` has.
 
-    A value is a tensor, a list of tensors (one a step that ran), or, where a named `Save` is about several points, a
-    dictionary of these by point. `saved["blocks.-1.hook_resid_post"]` counts layers from the end.
+    A value is a tensor, a list of tensors (one a step that ran), or, where a named `Save` is about several points,
+    another `Saved` by point. `saved["blocks.-1.hook_resid_post"]` counts layers from the end.
 
     Args:
         values: by key.
@@ -31,18 +31,21 @@ class Saved(Mapping[str, Any]):
         self._values = values or {}
         self.n_layers = n_layers
 
-    def __getitem__(self, key: str) -> Tensor | list[Tensor] | dict[str, Any] | Any:
-        if key not in self._values:
-            full = re.sub(r"^blocks\.-(\d+)\.", lambda m: f"blocks.{self.n_layers - int(m[1])}.", str(key))
-            if full not in self._values:
-                raise NotSavedError(
-                    f"nothing was saved as {key!r}",
-                    got=repr(key),
-                    expected=f"one of {', '.join(self._values) or 'nothing: no op saves anything'}",
-                    fix=f"add lk.Save({key!r}) to the hooks",
-                )
-            key = full
-        value = self._values[key]
+    @classmethod
+    def of(cls, values: dict[str, Any], n_layers: int) -> Self:
+        """From values of which some are dictionaries by point."""
+        nested = {key: cls(v, n_layers=n_layers) if isinstance(v, dict) else v for key, v in values.items()}
+        return cls(nested, n_layers=n_layers)
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values.get(self._full(key), self)
+        if value is self:
+            raise NotSavedError(
+                f"nothing was saved as {key!r}",
+                got=repr(key),
+                expected=f"one of {', '.join(self._values) or 'nothing: no op saves anything'}",
+                fix=f"add lk.Save({key!r}) to the hooks",
+            )
         if isinstance(value, NeverRan):
             raise NotSavedError(
                 f"step {value.step} of {key!r} never ran",
@@ -53,7 +56,13 @@ class Saved(Mapping[str, Any]):
         return value
 
     def __contains__(self, key: object) -> bool:
-        return key in self._values
+        return isinstance(key, str) and self._full(key) in self._values
+
+    def _full(self, key: str) -> str:
+        """The key with a negative layer counted from the end."""
+        if key in self._values:
+            return key
+        return re.sub(r"^blocks\.-(\d+)\.", lambda m: f"blocks.{self.n_layers - int(m[1])}.", str(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -72,6 +81,6 @@ def _summary(value: Any) -> str:
         shapes = [_summary(entry) for entry in value]
         alike = len(set(shapes[1:])) == 1 and len(shapes) > 3
         return f"{len(value)} x [{', '.join([*shapes[:2], '...'] if alike else shapes)}]"
-    if isinstance(value, dict):
+    if isinstance(value, Saved):
         return "{" + ", ".join(value) + "}"
     return "never ran"
