@@ -180,9 +180,8 @@ def _write(tensors: Mapping[Key, Tensor | None], out: Path) -> None:
         named[key] = tensor.contiguous()
     try:
         save_file(named, out)
-        out.chmod(
-            out.absolute().parent.stat().st_mode & 0o666
-        )  # safetensors' own would be readable for its owner alone
+        # As the folder lets others; safetensors' own would be readable for its owner alone.
+        out.chmod(out.absolute().parent.stat().st_mode & 0o666)
     except SafetensorError as error:
         raise _bad_out(f"{error}", f"to be able to write {out}", "choose another place") from error
 
@@ -191,12 +190,16 @@ def _show(tensors: Mapping[Key, Tensor | None], out: Path | None) -> None:
     """What was saved, as a table: a row for each name, or for the steps of it that are alike."""
     table = Table("saved", "shape", "dtype", box=None, header_style="dim")
     for (name, shape, dtype), alike in groupby(tensors, key=lambda key: (key[0], *_kind(tensors[key]))):
-        steps = [step for _, step in alike]
-        key = name if steps[0] is None else f"{name}/{steps[0]}" + (f" … {steps[-1]}" if len(steps) > 1 else "")
-        table.add_row(key, shape, dtype)
+        steps = [step for _, step in alike if step is not None]
+        table.add_row(f"{name}/{_span(steps)}" if steps else name, shape, dtype)
     console = Console(highlight=False)
     console.print(table)
     console.print(Text(f"wrote {out}" if out else "not kept: --out FILE.safetensors writes these"))
+
+
+def _span(steps: Sequence[int]) -> str:
+    whole = len(steps) > 2 and list(steps) == list(range(steps[0], steps[-1] + 1))
+    return f"{steps[0]} … {steps[-1]}" if whole else ", ".join(map(str, steps))
 
 
 def _kind(tensor: Tensor | None) -> tuple[str, str]:

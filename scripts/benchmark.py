@@ -1,6 +1,6 @@
 """lenskit against Hugging Face and TransformerLens: speed and memory, as ratios, with the bars that must hold.
 
-    make bench                                                # everything, about 10 minutes
+    make bench                                                # everything, about 12 minutes
     make bench ARGS=--quick                                   # about 2 minutes, fewer sizes and rounds
     make bench ARGS="--only 'speed-small*'"                   # some cases; --list names them
     make bench ARGS="--write-docs docs/benchmarks.md"         # put the tables into the documentation
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from benchmark_generation import GENERATION_CASES, generation, planning, shared_prefix
 from benchmark_memory import imports, loading, long_forward
 from benchmark_models import ABSENT, SPEED_CASES, speed
 from benchmark_report import Row, show, summary, write_docs, write_json
@@ -53,6 +54,9 @@ CASES = (
     Case("memory", lambda n: long_forward(int(n))),
     Case("hook-point", hook_point, weight=0.1),
     *(Case(case.name, partial(speed, case), weight=case.weight, quick=case.quick) for case in SPEED_CASES),
+    *(Case(case.name, partial(generation, case), weight=case.weight, quick=case.quick) for case in GENERATION_CASES),
+    Case("generation-prefix", shared_prefix, weight=0.8, quick=False),
+    Case("planning", planning, weight=0.2),
 )
 
 
@@ -72,7 +76,7 @@ def measure(cases: list[Case], *, seconds: float, quick: bool, console: Console)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="about 2 minutes: no calls that take seconds")
-    parser.add_argument("--seconds", type=float, help="roughly how long all of it may take (540, or 80)")
+    parser.add_argument("--seconds", type=float, help="roughly how long all of it may take (680, or 100)")
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name matches this glob, or holds it")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--json", type=Path, default=OUTPUT, metavar="FILE", help="default: build/benchmark.json")
@@ -92,7 +96,7 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=170)
     start = time.monotonic()
-    rows = measure(wanted, seconds=args.seconds or (80 if args.quick else 540), quick=args.quick, console=console)
+    rows = measure(wanted, seconds=args.seconds or (100 if args.quick else 680), quick=args.quick, console=console)
     show(rows, ABSENT, console)
     write_json(args.json, rows, time.monotonic() - start)
     if args.write_docs:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -101,18 +100,29 @@ def _bind(operation: Operation, tokens: Tensor) -> Callable[[], object]:
 
 
 @lru_cache(maxsize=1)  # cases of one size follow each other
-def contenders(size: Size) -> dict[str, dict[str, Operation]]:
-    """By name, what each can be asked for; all have the weights of one Hugging Face checkpoint."""
+def models(size: Size) -> dict[str, Any]:
+    """By name, each contender's model with the weights of one Hugging Face checkpoint; bare calls get that itself."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         made = transformers.AutoModelForCausalLM.from_config(size.hf_config())
         made.save_pretrained(folder)
-        found = {LENSKIT: of_lenskit(folder), SDPA: of_hf(folder, "sdpa"), EAGER: of_hf(folder, "eager")}
-        if size.family == "gpt2":
-            found[BARE] = of_torch(made)
-        if transformer_lens:
-            found[TL] = of_transformer_lens(made, size)
-        return found
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        found = {
+            LENSKIT: lk.HookedTransformer.from_pretrained(folder),
+            SDPA: load(folder, attn_implementation="sdpa").eval(),
+            EAGER: load(folder, attn_implementation="eager").eval(),
+        }
+    if size.family == "gpt2":
+        found[BARE] = made
+    if transformer_lens:
+        found[TL] = to_transformer_lens(made, size)
+    return found
+
+
+def contenders(size: Size) -> dict[str, dict[str, Operation]]:
+    """By name, what each can be asked for."""
+    of = {LENSKIT: of_lenskit, SDPA: of_hf, EAGER: of_hf_eager, BARE: of_torch, TL: of_transformer_lens}
+    return {name: of[name](model) for name, model in models(size).items()}
 
 
 def check_agreement(found: dict[str, dict[str, Operation]], tokens: Tensor) -> None:
@@ -134,8 +144,7 @@ def halve(activation: Tensor, hook: object) -> Tensor:
     return activation * 0.5
 
 
-def of_lenskit(folder: str | Path) -> dict[str, Operation]:
-    model = lk.HookedTransformer.from_pretrained(folder)
+def of_lenskit(model: lk.HookedTransformer) -> dict[str, Operation]:
     stream = "blocks.*.hook_resid_post"
     return {
         "forward": model,
@@ -145,21 +154,34 @@ def of_lenskit(folder: str | Path) -> dict[str, Operation]:
     }
 
 
+class BareWeights:
+    """GPT-2's weights as plain tensors, for functions that do nothing but torch's calls.
+
+    layers: each one's norms, matrices and biases, in the order of the calls.
+    """
+
+    def __init__(self, hf_model: torch.nn.Module) -> None:
+        weights = {name.removeprefix("transformer."): tensor for name, tensor in hf_model.state_dict().items()}
+        config = hf_model.config
+        self.n_heads, self.d_model, self.eps = config.n_head, config.n_embd, config.layer_norm_epsilon
+        ends = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+        layers = [
+            [weights[f"h.{layer}.{end}.{kind}"] for end in ends for kind in ("weight", "bias")]
+            for layer in range(config.n_layer)
+        ]
+        self.layers = [[t.T if t.dim() == 2 else t for t in tensors] for tensors in layers]
+        self.embed, self.pos_embed, self.unembed = (weights[f"{n}.weight"] for n in ("wte", "wpe", "lm_head"))
+        self.final = weights["ln_f.weight"], weights["ln_f.bias"]
+
+
 def of_torch(hf_model: torch.nn.Module) -> dict[str, Operation]:
     """GPT-2 as nothing but torch calls on plain tensors: no modules, no hook points, no checks."""
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in hf_model.state_dict().items()}
-    n_heads, d_model, eps = hf_model.config.n_head, hf_model.config.n_embd, hf_model.config.layer_norm_epsilon
-    ends = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    layers = [
-        [weights[f"h.{layer}.{end}.{kind}"] for end in ends for kind in ("weight", "bias")]
-        for layer in range(hf_model.config.n_layer)
-    ]
-    layers = [[t.T if t.dim() == 2 else t for t in tensors] for tensors in layers]
+    weights = BareWeights(hf_model)
+    n_heads, d_model, eps, layers = weights.n_heads, weights.d_model, weights.eps, weights.layers
 
     def forward(tokens: Tensor) -> Tensor:
         batch, pos = tokens.shape
-        resid = F.embedding(tokens, weights["wte.weight"])
-        resid = resid + F.embedding(torch.arange(pos), weights["wpe.weight"])
+        resid = F.embedding(tokens, weights.embed) + F.embedding(torch.arange(pos), weights.pos_embed)
         for g1, b1, w_qkv, b_qkv, w_o, b_o, g2, b2, w_in, b_in, w_out, b_out in layers:
             qkv = F.linear(torch.layer_norm(resid, (d_model,), g1, b1, eps), w_qkv, b_qkv)
             q, k, v = qkv.view(batch, pos, 3, n_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
@@ -167,38 +189,39 @@ def of_torch(hf_model: torch.nn.Module) -> dict[str, Operation]:
             resid = resid + F.linear(z, w_o, b_o)
             pre = F.linear(torch.layer_norm(resid, (d_model,), g2, b2, eps), w_in, b_in)
             resid = resid + F.linear(F.gelu(pre, approximate="tanh"), w_out, b_out)
-        final = torch.layer_norm(resid, (d_model,), weights["ln_f.weight"], weights["ln_f.bias"], eps)
-        return F.linear(final, weights["lm_head.weight"])
+        return F.linear(torch.layer_norm(resid, (d_model,), *weights.final, eps), weights.unembed)
 
     return {"forward": forward}
 
 
-def of_hf(folder: str | Path, attention: str) -> dict[str, Operation]:
+def of_hf(model: torch.nn.Module) -> dict[str, Operation]:
     """Told not to fill a KV cache, as the others do not; "forward_default" is the plain call, which does."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
-    operations: dict[str, Operation] = {
-        "forward": lambda tokens: model(tokens, use_cache=False),
-        "forward_default": model,
-    }
-    if attention == "eager":  # its nearest to a cache of everything: the stream and the patterns
-        operations["cache_all"] = lambda tokens: model(
-            tokens, use_cache=False, output_hidden_states=True, output_attentions=True
-        )
-    return operations
+    return {"forward": lambda tokens: model(tokens, use_cache=False), "forward_default": model}
 
 
-def of_transformer_lens(hf_model: torch.nn.Module, size: Size) -> dict[str, Operation]:
+def of_hf_eager(model: torch.nn.Module) -> dict[str, Operation]:
+    """Also its nearest to a cache of everything: the stream and the patterns."""
+    everything = {"use_cache": False, "output_hidden_states": True, "output_attentions": True}
+    return {**of_hf(model), "cache_all": lambda tokens: model(tokens, **everything)}
+
+
+def to_transformer_lens(hf_model: torch.nn.Module, size: Size) -> Any:
+    """Its model with these weights."""
     config = transformer_lens.HookedTransformerConfig(**size.transformer_lens_config())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = transformer_lens.HookedTransformer(config)
     convert = {"gpt2": convert_gpt2_weights, "llama": convert_llama_weights}[size.family]
     model.load_state_dict(convert(hf_model, model.cfg), strict=False)  # what is missing are masks and zeros
-    model.eval()
+    return model.eval()
 
-    def is_stream(name: str) -> bool:
-        return name.endswith("hook_resid_post")
 
+def is_stream(name: str) -> bool:
+    """Whether a hook point is the residual stream after a block."""
+    return name.endswith("hook_resid_post")
+
+
+def of_transformer_lens(model: Any) -> dict[str, Operation]:
     return {
         "forward": model,
         "cache_all": model.run_with_cache,

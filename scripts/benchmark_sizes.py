@@ -87,6 +87,11 @@ SMALL_LLAMA = Size(
 )
 GPT2 = Size("gpt2", n_layers=12, d_model=768, n_heads=12, d_vocab=50257, n_ctx=1024)
 
+# A LLaMA of 134 million parameters, 110 million without its embedding (the unembedding is not tied to it).
+LLAMA_110M = Size(
+    "llama", n_layers=12, d_model=768, n_heads=12, n_key_value_heads=12, d_mlp=2048, d_vocab=32000, n_ctx=1024
+)
+
 # More than a gigabyte in float32, to be loaded; the embedding is a quarter of it, its untied inverse another.
 LARGE = Size("llama", n_layers=12, d_model=1024, n_heads=16, n_key_value_heads=8, d_mlp=2816, d_vocab=64000, n_ctx=2048)
 TINY = Size("llama", n_layers=1, d_model=64, n_heads=4, n_key_value_heads=2, d_mlp=172, d_vocab=1000, n_ctx=2048)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import lenskit as lk
-from lenskit import cli, demo
+from lenskit import cli, commands, demo
 from lenskit.checkpoints import write
 from lenskit.checkpoints.source import embedded_names
 from lenskit.models.registry import MODULES
@@ -251,8 +253,64 @@ def test_generate_runs_a_plan_and_keeps_what_is_saved(tmp_path: Path, demo_gpt2:
     kept = load_file(out)
     assert set(kept) == {f"ends/blocks.{n}.hook_resid_post" for n in range(4)} | {"hook_embed/0", "hook_embed/1"}
     assert torch.equal(kept["hook_embed/1"], expected.saved["hook_embed"][1])
-    assert "hook_embed/0" in result.stdout
-    assert "(1, 11, 128)" in result.stdout
+    assert re.search(r"hook_embed/0 +\(1, 11, 128\)", result.stdout)
+    assert f"wrote {out}" in result.stdout.replace("\n", "")
+
+
+def test_generate_names_steps_by_their_number(tmp_path: Path) -> None:
+    """Also where only some were saved, or the generation was over before."""
+    ops = [
+        lk.Save("hook_embed", tokens=-1, steps=[1, 2, 9]), lk.Save("hook_embed", steps=8, name="late"),
+        lk.Save("blocks.*.hook_mlp_out", steps=slice(7, None), name="later"),
+        lk.Save("blocks.*.hook_attn_out", tokens=-1, steps=slice(1, None), name="all"),
+        lk.Save(lk.Act("hook_embed", steps=0).sum(-1), name="one value"),
+    ]  # fmt: skip
+    lk.Plan(ops).save(tmp_path / "plan.json")
+    out = tmp_path / "saved.safetensors"
+    result = lenskit(
+        "generate", "demo-gpt2", EIFFEL, "--plan", tmp_path / "plan.json", "--out", out, "--max-new-tokens", 12
+    )
+    assert result.exit_code == 0, result.output
+    kept = load_file(out)
+    attn = {f"all/blocks.{layer}.hook_attn_out/{step}" for layer in range(4) for step in (1, 2)}
+    assert set(kept) == {"hook_embed/1", "hook_embed/2", "one value"} | attn
+    table = {cells[0].strip(): cells[1].strip() for cells in map(cut, result.stdout.splitlines()) if len(cells) > 1}
+    assert table["late"] == table["later/blocks.0.hook_mlp_out"] == "never ran"
+    assert table["hook_embed/1, 2"] == "(1, 128)"
+    assert out.stat().st_mode & 0o777 == tmp_path.stat().st_mode & 0o666
+
+
+def cut(line: str) -> list[str]:
+    """A table's line, in cells."""
+    return re.split(r" {2,}", line.strip())
+
+
+def test_generate_shows_what_a_plan_saves_and_nobody_keeps(tmp_path: Path) -> None:
+    lk.Plan([lk.Save("blocks.-1.hook_resid_post", tokens=-1)]).save(tmp_path / "plan.json")
+    result = lenskit("generate", "demo-gpt2", EIFFEL, "--plan", tmp_path / "plan.json", "--max-new-tokens", 5)
+    assert re.search(r"blocks\.3\.hook_resid_post/0 … 2 +\(1, 128\) +float32", result.stdout)
+    assert "not kept: --out FILE.safetensors" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_generate_prints_text_as_it_is() -> None:
+    """No markup, no wrapping; what stands before the continuation is what was given."""
+    odd = r"a [bold]x[/bold] \[y\ " + "long " * 40 + "end\\"
+    result = lenskit("generate", "demo-llama", odd, "--max-new-tokens", 1)
+    assert result.stdout.startswith(odd)
+    assert result.stdout.count("\n") == 1
+
+
+def test_generate_takes_a_pipe_without_a_word() -> None:
+    given = f"{EIFFEL}\r\n\n  \nNyhavn lies in"
+    pipes = [
+        CliRunner().invoke(cli.app, ["generate", "demo-gpt2", *dash, "--max-new-tokens", "1"], input=given)
+        for dash in ([], ["-"])
+    ]
+    assert pipes[0].exit_code == 0, pipes[0].output
+    assert pipes[0].stdout == pipes[1].stdout == f"{EIFFEL} Paris\nNyhavn lies in Copenhagen\n"
+    mixed = CliRunner().invoke(cli.app, ["generate", "demo-gpt2", "Rome", "-", "--json"], input=EIFFEL)
+    assert [json.loads(line)["prompt"] for line in mixed.stdout.splitlines()] == ["Rome", EIFFEL]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +322,10 @@ def test_generate_runs_a_plan_and_keeps_what_is_saved(tmp_path: Path, demo_gpt2:
         (["--temperature", "0.5"], "pass do_sample=True"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--max-new-tokens", "500"], "at most 256 positions"),
+        (["--out", "x.safetensors"], "nothing to save"),
+        (["--save", "hook_embed", "--out", "x.npz"], "write --out x.safetensors"),
+        (["--save", "hook_embed", "--out", "nowhere/x.safetensors"], "make the folder"),
+        (["--save", "hook_embed", "--save", "hook_embed", "--out", "x.safetensors"], "could not be told apart"),
     ],
 )
 def test_generate_says_what_is_wrong(
@@ -275,6 +337,108 @@ def test_generate_says_what_is_wrong(
     assert said in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_generate_does_not_write_over_the_plans_own_tensors(tmp_path: Path) -> None:
+    plan = lk.Plan([lk.Add("hook_embed", torch.ones(128)), lk.Save("hook_embed")])
+    plan.save(tmp_path / "plan.json")
+    result = lenskit(
+        "generate", "demo-gpt2", EIFFEL, "--plan", tmp_path / "plan.json", "--out", tmp_path / "plan.safetensors"
+    )
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "where the plan's own tensors are" in result.stderr
+    assert lk.Plan.load(tmp_path / "plan.json").digest() == plan.digest()
+
+
+def test_generate_without_a_prompt() -> None:
+    result = CliRunner().invoke(cli.app, ["generate", "demo-gpt2"], input="\n \n")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: there is no prompt")
+
+
+def test_generate_tells_two_tensors_of_one_name_apart_or_says_so(tmp_path: Path) -> None:
+    lk.Plan([lk.Save("hook_embed", name="a"), lk.Save("hook_embed", steps=0, name="a/1")]).save(tmp_path / "plan.json")
+    result = lenskit(
+        "generate", "demo-gpt2", EIFFEL, "--plan", tmp_path / "plan.json", "--out", tmp_path / "x.safetensors"
+    )
+    assert result.exit_code == 1
+    assert "two tensors called 'a/1'" in result.stderr
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_generate_keeps_what_it_cannot_write_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(commands, "save_file", full)
+    result = lenskit("generate", "demo-gpt2", EIFFEL, "--save", "hook_embed", "--out", tmp_path / "x.safetensors")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_generate_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lk.HookedTransformer, "generate", interrupted)
+    result = lenskit("generate", "demo-gpt2", EIFFEL, "--save", "hook_embed", "--out", tmp_path / "x.safetensors")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+class Screen:
+    """A console that keeps each piece that is printed."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+
+    def print(self, piece: object = "\n", end: str = "") -> None:
+        self.pieces.append(str(piece))
+
+
+def test_tokens_are_shown_as_they_come(demo_gpt2: lk.HookedTransformer) -> None:
+    """A character of several tokens when it is whole."""
+    screen, tokens = Screen(), demo_gpt2.to_tokens("Rome ünï").tokens[0]
+    assert len(tokens) > len("ünï"), "some of them are bytes"
+    shown = commands.Shown(demo_gpt2, screen)
+    shown.put(tokens[None, :2])
+    assert screen.pieces == []
+    for token in tokens[2:]:
+        shown.put(token[None])
+    assert "".join(screen.pieces) == demo_gpt2.to_string(tokens)[len(demo_gpt2.to_string(tokens[:2])) :]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in screen.pieces)
+    shown.end()
+    assert screen.pieces[-1] == "\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_at_a_terminal_one_prompt_streams(tmp_path: Path, environment: dict[str, str]) -> None:
+    """With the same file and table as in a pipe, and no progress bar in between."""
+    out = tmp_path / "x.safetensors"
+    ours, theirs = os.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "lenskit",
+        "generate",
+        "demo-gpt2",
+        EIFFEL,
+        "--save",
+        "hook_embed",
+        "--out",
+        str(out),
+    ]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**environment, "TERM": "dumb"}, stdin=theirs, stdout=theirs
+    ) as run:
+        assert run.wait(120) == 0
+    os.close(theirs)
+    seen = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert f"{EIFFEL} Paris.<|endoftext|>" in re.sub(r"\x1b\[[0-9;]*m", "", seen)
+    assert set(load_file(out)) == {"hook_embed/0", "hook_embed/1", "hook_embed/2"}
 
 
 def test_generate_draws_the_same_with_a_seed() -> None:

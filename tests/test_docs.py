@@ -35,6 +35,7 @@ def test_a_page_does_what_it_says(page: str, tmp_path: Path, monkeypatch: pytest
     with torch.no_grad():
         compared = sum(run(block, names) for block in blocks(page))
     assert compared > 5
+    assert str(names["message"]) in (PAGES / page).read_text(encoding="utf-8"), "an error's text is as it is shown"
 
 
 def test_a_wrong_value_would_be_seen() -> None:

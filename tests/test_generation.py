@@ -137,18 +137,16 @@ SAMPLED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", SAMPLED.values(), ids=SAMPLED)
-@pytest.mark.parametrize("padded", [False, True], ids=["one", "padded"])
 def test_sampling_with_a_seed_is_hugging_faces(
-    demo: tuple[lk.HookedTransformer, PreTrainedModel], options: dict[str, Any], padded: bool
+    demo: tuple[lk.HookedTransformer, PreTrainedModel], options: dict[str, Any]
 ) -> None:
     ours, hf = demo
-    prompts = PROMPTS if padded else PROMPTS[:1]
-    tokens, mask = ours.to_tokens(prompts)
-    for seed in range(2):
+    for seed, prompts in enumerate([PROMPTS, PROMPTS[:1]]):
+        tokens, mask = ours.to_tokens(prompts)
         torch.manual_seed(seed)
-        expected = theirs(hf, tokens, mask, max_new_tokens=16, **{"do_sample": True, "top_k": 0, **options})
+        expected = theirs(hf, tokens, mask, max_new_tokens=12, **{"do_sample": True, "top_k": 0, **options})
         before = torch.get_rng_state()
-        found = ours.generate(prompts, max_new_tokens=16, do_sample=True, seed=seed, **{"eos_token_id": [], **options})
+        found = ours.generate(prompts, max_new_tokens=12, do_sample=True, seed=seed, **{"eos_token_id": [], **options})
         assert torch.equal(torch.get_rng_state(), before), "the seed is this generation's own"
         assert len(found.new_tokens) == len(expected) == len(prompts) * options.get("num_return_sequences", 1)
         for new, row in zip(found.new_tokens, expected[:, tokens.shape[1] :], strict=True):
@@ -211,7 +209,7 @@ POINTS = [
 UNEQUAL = st.lists(st.lists(st.integers(0, 58), min_size=1, max_size=8), min_size=2, max_size=4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     prompts=UNEQUAL,
     n=st.integers(1, 7),

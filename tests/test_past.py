@@ -36,6 +36,7 @@ def same(found: lk.Generation, expected: lk.Generation) -> None:
 # -- a past is as good as the whole prompt
 
 
+@settings(max_examples=10)
 @given(prefix=ROW, endings=st.lists(ROW, min_size=1, max_size=3))
 def test_a_prefix_that_all_prompts_share(
     shared: lk.HookedTransformer, prefix: list[int], endings: list[list[int]]
@@ -45,6 +46,7 @@ def test_a_prefix_that_all_prompts_share(
     same(found, generated(shared, [prefix + ending for ending in endings]))
 
 
+@settings(max_examples=10)
 @given(rows=st.lists(st.tuples(ROW, ROW), min_size=2, max_size=3))
 def test_a_prefix_for_each_prompt(shared: lk.HookedTransformer, rows: list[tuple[list[int], list[int]]]) -> None:
     """Prefixes and endings of unequal lengths: padding between a row's tokens never counts."""
@@ -53,7 +55,7 @@ def test_a_prefix_for_each_prompt(shared: lk.HookedTransformer, rows: list[tuple
     same(found, generated(shared, [prefix + ending for prefix, ending in rows]))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(parts=st.lists(ROW, min_size=3, max_size=5), rows=st.integers(1, 2))
 def test_a_past_of_a_past(shared: lk.HookedTransformer, parts: list[list[int]], rows: int) -> None:
     past: lk.Past | None = None

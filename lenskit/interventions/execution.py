@@ -216,8 +216,8 @@ class PassRun:
 
         def read(x: Tensor) -> Tensor:
             value = part.selection.read(x)
-            if not later:
-                self._at_hand[source] = value
+            if not later:  # a function may keep what it returned, and write into it
+                self._at_hand[source] = value if self.data_only else value.clone()
             else:
                 ended = {self.geometry.rows[row] for row in part.rows if not self._is_active(row)}
                 entry = (part, value.clone(), ended)
@@ -240,7 +240,9 @@ class PassRun:
         def edit(x: Tensor) -> Tensor:
             if self.active is not None and not any(self.active[row] for row in self._rows_here(resolved.rows)):
                 return x
-            new = part.value(self._value(resolved, value, x))
+            new: Any = part.value(self._value(resolved, value, x))
+            if type(op) is Set and selection.whole:  # what was read is another point's tensor
+                new = new.clone()
             return selection.edit(x, lambda old: change(old, new))
 
         return edit

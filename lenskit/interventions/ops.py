@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lenskit.errors import HookError, PlanError
 from lenskit.hooks import HookFunction
@@ -147,8 +147,8 @@ class Edit(Op):
         if isinstance(at, Expression):
             raise _refused(where, "an expression", "a hook point's name", "only Save takes an expression there")
         selectors = Selectors.of(prompts=prompts, tokens=tokens, heads=heads, dims=dims, steps=steps, where=where)
-        if isinstance(value, Tensor) and type(value) is not Tensor:
-            value = value.detach() if not value.requires_grad else value.view_as(value)  # a Parameter, mostly
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            value = value.as_subclass(Tensor)
         self._set(at=at, value=value, selectors=selectors)
 
     @property

@@ -29,13 +29,25 @@ class MissingIndexError(Exception):
 
 
 class Axis:
-    """What is selected along one axis: the same columns in every row, or each row's own."""
+    """What is selected along one axis: the same columns in every row, or each row's own.
 
-    def __init__(self, columns: Columns, *, drop: bool, whole: bool, per_row: Sequence[Columns] | None = None) -> None:
+    own: where all columns are kept as they lie, those that are a row's own.
+    """
+
+    def __init__(
+        self,
+        columns: Columns,
+        *,
+        drop: bool,
+        whole: bool,
+        per_row: Sequence[Columns] | None = None,
+        own: Sequence[Columns] | None = None,
+    ) -> None:
         self.columns = columns  # with `per_row`, those of the longest row: only their number counts
         self.drop = drop
         self.whole = whole
         self.per_row = per_row
+        self.own = own
 
 
 class Selection:
@@ -49,7 +61,7 @@ class Selection:
         self.kept = tuple(len(axis.columns) for axis in axes)
         self.dropped = tuple(i for i, axis in enumerate(axes) if axis.drop)
         self.shape = tuple(size for i, size in enumerate(self.kept) if i not in self.dropped)
-        self.whole = all(axis.whole and axis.per_row is None for axis in axes)
+        self.whole = all(axis.whole and axis.per_row is None and axis.own is None for axis in axes)
         self.depth = max((_depth(axes[i], axis.width) for i, axis in tokens.items()), default=0)
         self._devices: dict[torch.device, tuple[Any, Tensor | None]] = {}
         self._index: tuple[Any, ...] = ()
@@ -79,7 +91,7 @@ class Selection:
         part = x[index]
         if self._mesh and self.dropped:
             part = part.reshape(self.shape)
-        new = change(part)
+        new = _fitting(change(part), x)
         if valid is not None:
             new = torch.where(valid, new, part)
         if self._mesh and self.dropped and isinstance(new, Tensor):
@@ -104,19 +116,22 @@ class Selection:
             last = max(i for i, axis in enumerate(axes) if not axis.whole or axis.per_row is not None)
             self._index = tuple(_meshed(axis, i, last + 1, ends.get(i, 0)) for i, axis in enumerate(axes[: last + 1]))
         for i, axis in enumerate(axes):
-            if axis.per_row is not None:
+            if axis.per_row is not None or axis.own is not None:
                 valid = self._valid_of(axis, i, len(axes))
                 if valid is not None:
                     self._valid = valid if self._valid is None else self._valid & valid
 
     def _valid_of(self, axis: Axis, i: int, n_axes: int) -> Tensor | None:
         """Where rows have so many columns; None where all have."""
-        assert axis.per_row is not None
+        rows = axis.per_row if axis.own is None else axis.own
+        assert rows is not None
         width = len(axis.columns)
-        counts = [len(columns) for columns in axis.per_row]
+        counts = [len(columns) for columns in rows]
         if all(count == width for count in counts):
             return None
         valid = torch.arange(width) >= width - torch.tensor(counts)[:, None]
+        if axis.own is not None:
+            valid = torch.tensor([[column in columns for column in range(width)] for columns in axis.own])
         shape = [1] * n_axes
         shape[0], shape[i] = len(counts), width
         return valid.reshape([size for j, size in enumerate(shape) if j not in self.dropped])
@@ -180,6 +195,8 @@ def _token_axis(tokens: Tokens, selector: Canonical, rows: Sequence[int], kind: 
     longest = max(per_row, key=len)
     if not longest:
         raise MissingIndexError(kind, 0, 0)
+    if selector is None and len(rows) > 1 and any(columns[-1] != tokens.width - 1 for columns in per_row):
+        return Axis(range(tokens.width), drop=False, whole=True, own=per_row)  # padded on the right: as it was given
     if all(list(columns) == list(longest) for columns in per_row):
         return Axis(longest, drop=drop, whole=len(longest) == tokens.width)
     return Axis(longest, drop=drop, whole=False, per_row=per_row)
@@ -243,14 +260,22 @@ def _depth(axis: Axis, width: int) -> int:
 
 
 def _whole(new: Any, x: Tensor) -> Tensor:
-    """What replaces a whole activation: of its shape, and nobody else's tensor."""
+    """What replaces a whole activation: of its shape and dtype."""
     if not isinstance(new, Tensor):
         return torch.full_like(x, new)
-    if new.dtype != x.dtype:
-        raise ReplacementError(
-            "an edit would change the dtype of an activation",
-            got=f"a value of {new.dtype}",
-            expected=f"{x.dtype}, which the model computes in",
-            fix=f"convert the value: value.to({x.dtype})",
-        )
+    new = _fitting(new, x)
     return new if new.shape == x.shape else new.expand(x.shape).clone()
+
+
+def _fitting(new: Any, x: Tensor) -> Any:
+    """A value in an activation's dtype, if that loses nothing."""
+    if not isinstance(new, Tensor) or new.dtype == x.dtype:
+        return new
+    if torch.result_type(x, new) == x.dtype:
+        return new.to(x.dtype)
+    raise ReplacementError(
+        "an edit would change the dtype of an activation",
+        got=f"a value of {new.dtype}",
+        expected=f"{x.dtype}, which the model computes in",
+        fix=f"convert the value: value.to({x.dtype})",
+    )

@@ -111,9 +111,9 @@ class Block(Module):
             return HookPoint("batch pos head d_model", on_demand=True, head=n, d_model=cfg.d_model)
 
         self.hook_resid_pre = stream()
+        self.ln1 = ln1  # runs before the inputs by head, for those who read its points
         self.hook_attn_in, self.hook_q_input = per_head(groups), per_head(cfg.n_heads)
         self.hook_k_input, self.hook_v_input = per_head(groups), per_head(groups)
-        self.ln1 = ln1
         self.attn = attn
         self.hook_attn_out = stream()
         self.hook_resid_mid = stream()

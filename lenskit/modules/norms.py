@@ -40,11 +40,11 @@ class Norm(Module):
         """The whole norm in one kernel, hooks off; any leading axes."""
 
     @abstractmethod
-    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def centre(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """What is divided by the scale."""
 
     @abstractmethod
-    def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def gain(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The learned affine map."""
 
     def extra_repr(self) -> str:
@@ -62,10 +62,10 @@ class LayerNorm(Norm):
         parameters = self._parameters
         return torch.layer_norm(x, self.shape, parameters["weight"], parameters["bias"], self.eps)
 
-    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def centre(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return x - x.mean(-1, keepdim=True)
 
-    def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def gain(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return torch.addcmul(self.bias, normalized, self.weight)
 
 
@@ -75,8 +75,8 @@ class RMSNorm(Norm):
     def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return torch.rms_norm(x, self.shape, self._parameters["weight"], self.eps)
 
-    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def centre(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return x
 
-    def gain(self, normalized: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def gain(self, normalized: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return normalized * self.weight
