@@ -199,6 +199,30 @@ def test_hooks_around_a_generation_run_at_every_step(shared: lk.HookedTransforme
     assert free(shared, [[5, 6]]).tokens[0].tolist() == plain.tokens[0].tolist()
 
 
+@pytest.mark.parametrize("kind", ["hooks around it", "hooks between two steps", "a torch module's hook"])
+def test_what_a_function_keeps_is_its_own_whoever_attached_it(shared: lk.HookedTransformer, kind: str) -> None:
+    """It may be written to and differentiated by, also where the generation's own hooks are data only."""
+    kept: list[Tensor] = []
+
+    def keep(act: Tensor, hook: lk.HookPoint) -> None:
+        kept.append(act)
+
+    steps = shared.generate_steps([[5, 6]], max_new_tokens=3, eos_token_id=[], hooks=[lk.Scale("hook_embed", 1.1)])
+    if kind == "hooks between two steps":
+        next(steps)
+    if kind == "a torch module's hook":
+        handle = shared.blocks[0].mlp.register_forward_hook(lambda _, __, out: kept.append(out))
+        list(steps)
+        handle.remove()
+    else:
+        with shared.hooks([("blocks.0.hook_mlp_out", keep)]):
+            list(steps)
+    for act in kept:
+        (act * torch.ones(1, requires_grad=True)).sum().backward()
+        act.mul_(2)
+    assert len(kept) == (2 if kind == "hooks between two steps" else 3)
+
+
 # -- one step after another
 
 

@@ -23,6 +23,7 @@ from lenskit.interventions.program import Place, Program, Resolved, Source, step
 from lenskit.interventions.saved import NeverRan, Saved
 from lenskit.interventions.selection import Selection, select
 from lenskit.interventions.selectors import Selectors
+from lenskit.modules.module import torch_hooks_are_used
 
 
 class Execution:
@@ -85,7 +86,6 @@ class PassRun:
 
     geometry: which rows, and their tokens. trimmed: columns of padding that they do without.
     active: for each row whether it still generates; None while all do.
-    data_only: whether no Python function sees an activation, not this program's nor one that is attached elsewhere.
     n_logits: how many of the last positions need logits in the present step; None for all.
     """
 
@@ -100,9 +100,7 @@ class PassRun:
         self._attached: list[tuple[HookPoint, Attachment]] = []
         self._rebuild = True
         self._thread = get_ident()  # that the attachments are for: another one may take the next step
-        functions = any(isinstance(op.op, Function) for op in self.program.ops)
-        others = any(point.attachments is not None for point in self.program.points.values())
-        self.data_only = not functions and not others  # whether no Python function sees an activation
+        self._functions = any(isinstance(op.op, Function) for op in self.program.ops)
         self._boundaries = {0, 1}
         for op in self.program.ops:
             self._boundaries |= _boundaries(op)
@@ -129,6 +127,13 @@ class PassRun:
         finally:
             detach(attached)
             self._at_hand.clear()
+
+    @property
+    def data_only(self) -> bool:
+        """Whether no Python function will see an activation: this program's, or one that is attached by others now."""
+        if self._functions or torch_hooks_are_used():
+            return False
+        return all(point.attachments is None for point in self.program.points.values())
 
     def where(self) -> str:
         """The present step and its prompts, for a note on an error."""
@@ -217,7 +222,7 @@ class PassRun:
         def read(x: Tensor) -> Tensor:
             value = part.selection.read(x)
             if not later:  # a function may keep what it returned, and write into it
-                self._at_hand[source] = value if self.data_only else value.clone()
+                self._at_hand[source] = value.clone() if self._functions else value
             else:
                 ended = {self.geometry.rows[row] for row in part.rows if not self._is_active(row)}
                 entry = (part, value.clone(), ended)

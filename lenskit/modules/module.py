@@ -114,6 +114,11 @@ def _call(module: Module, args: tuple[Any, ...]) -> Any:
     return module.forward(*args)
 
 
+def torch_hooks_are_used() -> bool:
+    """Whether anybody may have registered one of torch's own hooks on a module."""
+    return bool(_torch_hooks_are_used or _global_forward_hooks or _global_forward_pre_hooks)
+
+
 class Identity(Module):
     """The part that an architecture does not have: returns its first argument, whatever else it is given."""
 
