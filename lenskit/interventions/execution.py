@@ -235,7 +235,7 @@ class PassRun:
         change = CHANGES[type(op)]
         value, selection = op.value, part.selection
         if not isinstance(value, Expression):
-            constant: Any = part.value(value)
+            constant: Any = part.value(float(value) if isinstance(value, int) else value)  # torch's ints end at 2**63
             if isinstance(constant, Tensor) and type(op) is Set:
                 return lambda x: selection.edit(x, lambda _: constant.to(x.device, copy=selection.whole))
             if isinstance(constant, Tensor):

@@ -198,7 +198,7 @@ def _token_axis(tokens: Tokens, selector: Canonical, rows: Sequence[int], kind: 
     if selector is None and len(rows) > 1 and any(columns[-1] != tokens.width - 1 for columns in per_row):
         return Axis(range(tokens.width), drop=False, whole=True, own=per_row)  # padded on the right: as it was given
     if all(list(columns) == list(longest) for columns in per_row):
-        return Axis(longest, drop=drop, whole=len(longest) == tokens.width)
+        return Axis(longest, drop=drop, whole=not drop and list(longest) == list(range(tokens.width)))
     return Axis(longest, drop=drop, whole=False, per_row=per_row)
 
 
