@@ -85,6 +85,8 @@ def save(ops: Sequence[Op], path: Path, model: nn.Module | None) -> Path:
     held = tensors(ops)
     if held:
         save_file(held, path.with_suffix(".safetensors"))
+        # As the folder lets others; safetensors' own would be readable for its owner alone.
+        path.with_suffix(".safetensors").chmod(path.absolute().parent.stat().st_mode & 0o666)
     elif path.with_suffix(".safetensors").exists():  # an earlier plan's, which this one would not match
         path.with_suffix(".safetensors").unlink()
     path.write_text(text, encoding="utf-8")
