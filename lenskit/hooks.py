@@ -37,6 +37,7 @@ class _Thread(local):
 
     run: Pass | None = None
     blocks_off: int = 0
+    depth: int = 0
 
 
 THREAD = _Thread()

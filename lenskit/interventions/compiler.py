@@ -4,6 +4,7 @@ Names become hook points, selectors become index expressions, shapes and dtypes 
 the meta device), and prompts are put into passes. The model is not run for it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from lenskit.interventions import passes
 from lenskit.interventions.consistency import check_keys, check_stops, needs
 from lenskit.interventions.expressions import Act, Expression, acts, shape_of
 from lenskit.interventions.geometry import Geometry
-from lenskit.interventions.ops import Edit, Numbered, Op, Save
+from lenskit.interventions.ops import Edit, Numbered, Op, Save, Set
 from lenskit.interventions.program import Place, Program, Resolved, Source, selected, signature
 from lenskit.interventions.selection import MissingIndexError, Selection
 from lenskit.interventions.selectors import Selectors, indices
@@ -213,6 +214,10 @@ class Compiler:
         if not isinstance(value, Tensor | Expression):
             if isinstance(value, float) and not (dtype.is_floating_point or dtype.is_complex):
                 raise _unfit(op, point, f"the number {value}", f"an integer: the activation is {dtype}")
+            if isinstance(op, Set) and math.isfinite(value) and abs(value) > torch.finfo(dtype).max:
+                raise _unfit(
+                    op, point, f"the number {value}", f"one that {dtype} has: at most {torch.finfo(dtype).max}"
+                )
             return
         if isinstance(value, Expression):
             value = self._shape(resolved, value, step)
@@ -224,8 +229,32 @@ class Compiler:
                 f"one that broadcasts to {selection.shape}: what is selected of {point.name!r} "
                 f"[{' '.join(point.axes)}] at step {step}",
             )
+        self._check_lengths(resolved, op, point, selection, step, value.shape)
         if value.dtype != dtype and torch.result_type(torch.empty((1,), dtype=dtype, device="meta"), value) != dtype:
             raise _unfit(op, point, f"a value of {value.dtype}", f"{dtype}, in which the model computes there")
+
+    def _check_lengths(
+        self, resolved: Resolved, op: Edit, point: HookPoint, selection: Selection, step: int, shape: Sequence[int]
+    ) -> None:
+        """Row by row, prompts that get others' tokens have as many."""
+        targets = selection.lengths()
+        for source in resolved.sources:
+            if list(source.rows) == list(resolved.rows):
+                continue
+            at = step if source.step is None else source.step
+            lengths = selected(
+                self.selections, self.geometry, source.place[1], source.act.selectors, at, source.rows
+            ).lengths()
+            if lengths is None or targets is None or len(shape) < 2 or 1 in (max(lengths), max(targets)):
+                continue
+            if max(lengths) not in shape:
+                continue
+            n = max(len(lengths), len(targets))
+            pairs = zip(lengths * (n // len(lengths)), targets * (n // len(targets)), strict=True)
+            if any(one != other for one, other in pairs):
+                raise _unfit(
+                    op, point, f"other prompts' tokens{self._lengths(resolved)}", "as many tokens, prompt by prompt"
+                )
 
     def _lengths(self, op: Resolved) -> str:
         """The prompts' lengths, where the value comes from other prompts: what is mostly wrong then."""

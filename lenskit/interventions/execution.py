@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenskit.errors import StepError
-from lenskit.hooks import Attachment, HookPoint, attach, detach
+from lenskit.errors import LenskitError, StepError
+from lenskit.hooks import THREAD, Attachment, HookPoint, attach, detach
 from lenskit.interventions.actions import CHANGES, Action, Stopped, calling, chain, snapshot, stop
 from lenskit.interventions.expressions import Act, Expression, evaluate
 from lenskit.interventions.geometry import Geometry
@@ -110,6 +110,7 @@ class PassRun:
     def at(self, step: int) -> Iterator[None]:
         """The length of one step: what is live in it is attached, whoever else is there."""
         self.step = step
+        self._depth = THREAD.depth + 1
         if self._rebuild or step in self._boundaries or self._thread != get_ident():
             self._build(step)
         attached = self._attached
@@ -168,12 +169,16 @@ class PassRun:
                     columns = _wider(columns, place[1], seen)
         self._thread = get_ident()
         self._attached = [
-            (point, Attachment(chain(some), "plan" if point in edited else "read", self._thread))
+            (point, Attachment(self._own_pass(chain(some)), "plan" if point in edited else "read", self._thread))
             for point, some in actions.items()
         ]
         self._rebuild = any("key_pos" in point.axes for point in actions)
         logits = self.program.points.get("hook_logits")
         self.n_logits = None if logits is not None and logits.attachments is not None else columns
+
+    def _own_pass(self, function: Any) -> Any:
+        """Not in a pass that a function starts within this one."""
+        return lambda x, hook: function(x, hook) if THREAD.depth == self._depth else x
 
     def _some(self, rows: Sequence[int]) -> bool:
         return not self.execution.multiple or any(row in self._local for row in rows)
@@ -260,7 +265,11 @@ class PassRun:
             value = self._read(op, source)
             return value if like is None else value.to(like.device)
 
-        return leaf(expression) if isinstance(expression, Act) else evaluate(expression, leaf, like=like)
+        try:
+            return leaf(expression) if isinstance(expression, Act) else evaluate(expression, leaf, like=like)
+        except LenskitError as error:
+            error.add_note(f"in {op.numbered}")
+            raise
 
     def _read(self, op: Resolved, source: Source) -> Tensor:
         """A source's activation, of this pass or an earlier one."""

@@ -13,6 +13,7 @@ from lenskit.inputs import Batch
 from lenskit.interventions.actions import Stopped
 from lenskit.interventions.execution import Execution, PassRun
 from lenskit.interventions.geometry import Geometry, Tokens, tokens_of
+from lenskit.interventions.ops import Stop
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved
 from lenskit.interventions.scope import attached
@@ -190,6 +191,8 @@ def check_one_pass(program: Program, what: str) -> None:
     Raises:
         InputError: prompts need each other's later activations.
     """
+    if any(isinstance(op.op, Stop) for op in program.ops):
+        raise _several(what, "hooks with a Stop")
     if len(program.passes) > 1:
         raise _several(what, f"hooks that take {len(program.passes)}, because prompts use what others compute later")
 

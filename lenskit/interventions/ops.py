@@ -6,10 +6,11 @@ cannot become a file.
 """
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from lenskit.errors import HookError, PlanError
@@ -40,6 +41,8 @@ class Op(ABC):
         self._set(**state[1])
 
     def _set(self, **fields: object) -> None:
+        if "at" in fields:
+            fields["at"] = _own(fields["at"])
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -88,7 +91,12 @@ class Save(Op):
         where = f"Save({_at(at)})"
         selectors = Selectors.of(prompts=prompts, tokens=tokens, heads=heads, dims=dims, steps=steps, where=where)
         if not (name is None or (isinstance(name, str) and name)):
-            raise _refused(where, f"name={name!r}", "a name that is a string, and not empty", "name what you save")
+            raise _refused(
+                where,
+                f"name of type {type(name).__name__}",
+                "a name that is a string, and not empty",
+                "name what you save",
+            )
         if isinstance(at, Expression):
             if name is None:
                 raise _refused(
@@ -144,11 +152,17 @@ class Edit(Op):
                 "a number, a tensor, or an expression of lk.Act",
                 f"write {kind}(name, 0.0), or a pair (name, function) for what only Python can say",
             )
+        if isinstance(value, int) and abs(value) >= 2**1023:
+            raise _refused(where, "a whole number that no float reaches", "a number", "write math.inf")
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+            raise _refused(
+                where, f"a {value.layout} tensor on {value.device}", "a dense tensor with values", "convert it"
+            )
         if isinstance(at, Expression):
             raise _refused(where, "an expression", "a hook point's name", "only Save takes an expression there")
         selectors = Selectors.of(prompts=prompts, tokens=tokens, heads=heads, dims=dims, steps=steps, where=where)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            value = value.as_subclass(Tensor)
+            value = value.as_subclass(Tensor) if type(value) is not Tensor else value
         self._set(at=at, value=value, selectors=selectors)
 
     @property
@@ -252,7 +266,7 @@ def as_ops(hooks: Sequence[Op | Hook]) -> tuple[Op, ...]:
     Raises:
         HookError: an entry is neither.
     """
-    if isinstance(hooks, Op):
+    if isinstance(hooks, Op) or not isinstance(hooks, Iterable):
         raise _not_a_hook("hooks", hooks)
     made: list[Op] = []
     for index, hook in enumerate(hooks):
@@ -277,6 +291,13 @@ def _not_a_hook(where: str, hook: object) -> HookError:
 
 def _refused(where: str, got: str, expected: str, fix: str) -> PlanError:
     return PlanError(f"{where} is no op", got=got, expected=expected, fix=fix)
+
+
+def _own(at: Any) -> Any:
+    """A site with lists of its own."""
+    if isinstance(at, str | Expression) or callable(at) or not isinstance(at, Iterable):
+        return at
+    return [_own(entry) for entry in at]
 
 
 def _at(at: Site | Expression) -> str:

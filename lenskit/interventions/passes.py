@@ -45,31 +45,32 @@ def order(n_rows: int, needs: Sequence[Need]) -> list[list[int]]:
                 fix="use an earlier point or step, or take the value from another prompt (prompts=...)",
             )
     level = [0] * n_rows
-    because: list[Need | None] = [None] * n_rows
+    because: list[tuple[Need, int] | None] = [None] * n_rows  # and whose level it was
     for _ in range(n_rows + 1):
         changed = None
         for need in needs:
-            least = max(level[row] for row in need.sources) + need.strict
+            latest = max(need.sources, key=level.__getitem__)
+            least = level[latest] + need.strict
             for row in need.users:
                 if level[row] < least:
-                    level[row], because[row], changed = least, need, row
+                    level[row], because[row], changed = least, (need, latest), row
         if changed is None:
             return [[row for row in range(n_rows) if level[row] == n] for n in range(max(level) + 1)]
-    raise _circle(changed or 0, level, because)
+    raise _circle(changed or 0, because)
 
 
-def _circle(row: int, level: list[int], because: Sequence[Need | None]) -> DependencyError:
+def _circle(row: int, because: Sequence[tuple[Need, int] | None]) -> DependencyError:
     """Two of the needs that make the circle: walking back from a row that keeps rising, one is met twice."""
     walked: list[int] = []
     while row not in walked:
         walked.append(row)
-        need = because[row]
-        assert need is not None
-        row = max(need.sources, key=level.__getitem__)
+        found = because[row]
+        assert found is not None
+        row = found[1]
     circle = walked[walked.index(row) :]
-    found = [need for need in (because[r] for r in circle) if need is not None]
-    one = next(need for need in found if need.strict)
-    other = next((need for need in found if need is not one), one)
+    needs = [found[0] for found in (because[r] for r in circle) if found is not None]
+    one = next(need for need in needs if need.strict)
+    other = next((need for need in needs if need is not one), one)
     return DependencyError(
         f"{one.op}: prompts {', '.join(map(str, sorted(circle)))} need each other's future",
         got=f"{one.source} is used at {one.use}, and {other.source} at {other.use}",

@@ -13,7 +13,7 @@ from lenskit.interventions import plan_file
 from lenskit.interventions.compiler import Compiler
 from lenskit.interventions.expressions import ModuleCall, bind, order
 from lenskit.interventions.geometry import Geometry
-from lenskit.interventions.ops import Hook, Op, as_ops
+from lenskit.interventions.ops import Hook, Numbered, Op, as_ops
 from lenskit.interventions.program import Program
 from lenskit.models.base import Decoder
 
@@ -61,7 +61,9 @@ class Plan:
         key = (id(points), dtype, geometry.key, n_steps)
         program = self._programs.get(key)
         if program is None or program.points is not points:  # a program keeps its points, so no id comes twice
-            program = Compiler(points, dtype, geometry, n_steps).compile([_bound(op, model) for op in self.ops])
+            program = Compiler(points, dtype, geometry, n_steps).compile(
+                [_bound(Numbered(index, op), model) for index, op in enumerate(self.ops)]
+            )
             self._programs[key] = program
             if len(self._programs) > KEPT:
                 self._programs.popitem(last=False)
@@ -115,16 +117,21 @@ class Plan:
         return plan_file.digest(self.ops, model)
 
 
-def _bound(op: Op, model: nn.Module) -> Op:
+def _bound(numbered: Numbered, model: nn.Module) -> Op:
     """The op with modules in its expressions looked up by name, and checked to be the model's."""
+    op = numbered.op
     for expression in op.expressions:
         applied = [node.module for node in order(expression) if isinstance(node, ModuleCall)]
         if any(isinstance(module, str) for module in applied):
-            return op.with_expression(bind(expression, model.get_submodule))
+            try:
+                return op.with_expression(bind(expression, model.get_submodule))
+            except ExpressionError as error:
+                what = f"{numbered}: {error.what}"
+                raise ExpressionError(what, got=error.got, expected=error.expected, fix=error.fix) from error
         for module in applied:
             if not any(module is own for own in model.modules()):
                 raise ExpressionError(
-                    f"{op!r} applies a module of another model",
+                    f"{numbered} applies a module of another model",
                     got=f"a {type(module).__name__} that is no part of the model that runs",
                     expected="a module of the model that runs, such as model.ln_final",
                     fix="write the expression with this model, or load the plan from a file, where modules are names",

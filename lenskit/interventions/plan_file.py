@@ -44,7 +44,7 @@ def tensors(ops: Sequence[Op]) -> dict[str, Tensor]:
 
     def look(value: Any) -> None:
         if isinstance(value, Tensor):
-            found[tensor_name(value)] = value.detach().contiguous().cpu()
+            found[tensor_name(value)] = _plain(value).clone()
         elif isinstance(value, list | tuple):
             for entry in value:
                 look(entry)
@@ -64,7 +64,7 @@ def tensors(ops: Sequence[Op]) -> dict[str, Tensor]:
 def from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Op]:
     """See `Plan.from_json`."""
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-        raise _no_plan("the data", repr(data)[:200], f'an object with "format": {FORMAT!r}')
+        raise _no_plan("the data", _shown(data), f'an object with "format": {FORMAT!r}')
     if data.get("version") != VERSION or isinstance(data["version"], bool):
         raise _no_plan(
             "the data", f"version {data.get('version')!r}", f"version {VERSION}: update lenskit for later ones"
@@ -84,11 +84,11 @@ def save(ops: Sequence[Op], path: Path, model: nn.Module | None) -> Path:
     text = json.dumps(to_json(ops, model), indent=1, allow_nan=False) + "\n"
     held = tensors(ops)
     if held:
-        save_file(held, path.with_suffix(".safetensors"))
+        save_file(held, _beside(path))
         # As the folder lets others; safetensors' own would be readable for its owner alone.
-        path.with_suffix(".safetensors").chmod(path.absolute().parent.stat().st_mode & 0o666)
-    elif path.with_suffix(".safetensors").exists():  # an earlier plan's, which this one would not match
-        path.with_suffix(".safetensors").unlink()
+        _beside(path).chmod(path.absolute().parent.stat().st_mode & 0o666)
+    elif _beside(path).exists():  # an earlier plan's, which this one would not match
+        _beside(path).unlink()
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -97,7 +97,7 @@ def load(path: Path) -> list[Op]:
     """See `Plan.load`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        beside = path.with_suffix(".safetensors")
+        beside = _beside(path)
         held = load_file(beside) if beside.exists() else {}
     except (ValueError, RecursionError, SafetensorError) as error:
         raise PlanFormatError(
@@ -115,9 +115,20 @@ def digest(ops: Sequence[Op], model: nn.Module | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype == torch.complex128:
+        raise PlanFormatError(
+            "a tensor cannot be written",
+            got=f"{tensor.layout} {tensor.dtype} on {tensor.device}",
+            expected="a dense tensor",
+            fix="convert",
+        )
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+
+
 def tensor_name(tensor: Tensor) -> str:
     """What a tensor is called in a plan: the hash of its dtype, shape and bytes (little-endian)."""
-    plain = tensor.detach().contiguous().cpu()
+    plain = _plain(tensor)
     head = f"{str(plain.dtype).removeprefix('torch.')} {list(plain.shape)} "
     data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
     return "sha256:" + hashlib.sha256(head.encode() + data).hexdigest()
@@ -171,12 +182,12 @@ def _site_to_json(site: Site, numbered: Numbered) -> Any:
 def _value_to_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": tensor_name(value)}
-    return value if math.isfinite(value) else {"float": str(float(value))}
+    return value if isinstance(value, int) or math.isfinite(value) else {"float": str(float(value))}
 
 
 def _op_from_json(data: Any, where: str, expressions: Sequence[Expression], tensors: Mapping[str, Tensor]) -> Op:
     if not isinstance(data, Mapping) or not isinstance(data.get("op"), str) or data["op"] not in OPS:
-        raise _no_plan(where, repr(data)[:200], f'an object with "op": one of {", ".join(OPS)}')
+        raise _no_plan(where, _shown(data), f'an object with "op": one of {", ".join(OPS)}')
     kind = OPS[data["op"]]
     keys = {"op", "selectors"} | ({"at"} if "at" in data or kind is not Save else set())
     keys |= {"value"} if issubclass(kind, Edit) or (kind is Save and "at" not in data) else set()
@@ -185,6 +196,8 @@ def _op_from_json(data: Any, where: str, expressions: Sequence[Expression], tens
     selectors = data.get("selectors", {})
     Selectors.from_json(selectors, where)
     chosen = {name: _selector(value) for name, value in selectors.items()}
+    if kind is Save and "at" not in data and not isinstance(data.get("value"), Mapping):
+        raise _no_plan(where, "a value", "a node")
     at = _site_from_json(data["at"], where) if "at" in keys and "at" in data else None
     if ("value" in keys and "value" not in data) or ("at" in keys and at is None):
         raise _no_plan(where, f"{', '.join(data)}", "a site `at`, and a value where the op has one")
@@ -211,11 +224,11 @@ def _site_from_json(data: Any, where: str, depth: int = 0) -> Site:
         return data
     if isinstance(data, list) and depth < 8:
         return [_site_from_json(entry, where, depth + 1) for entry in data]
-    raise _no_plan(where, repr(data)[:200], "a hook point's name, a glob, or a list of these")
+    raise _no_plan(where, _shown(data), "a hook point's name, a glob, or a list of these")
 
 
 def _value_from_json(data: Any, where: str, expressions: Sequence[Expression], tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(data, int | float) and not isinstance(data, bool) and math.isfinite(data):
+    if isinstance(data, int | float) and not isinstance(data, bool) and (isinstance(data, int) or math.isfinite(data)):
         return data
     if isinstance(data, Mapping) and len(data) == 1:
         [(tag, content)] = data.items()
@@ -225,7 +238,7 @@ def _value_from_json(data: Any, where: str, expressions: Sequence[Expression], t
             return tensors[content]
         if tag == "float" and content in ("nan", "inf", "-inf"):
             return float(content)
-    raise _no_plan(where, repr(data)[:200], "a number, a tensor of the plan, or one of its nodes")
+    raise _no_plan(where, _shown(data), "a number, a tensor of the plan, or one of its nodes")
 
 
 # -- errors
@@ -245,3 +258,11 @@ def _not_data(numbered: Numbered, got: str, fix: str) -> PlanFormatError:
     return PlanFormatError(
         f"{numbered} cannot be written as data", got=got, expected="ops, sites and expressions, which are data", fix=fix
     )
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".safetensors") if path.suffix == ".json" else path.with_name(path.name + ".safetensors")
+
+
+def _shown(data: Any) -> str:
+    return f"a {type(data).__name__} of {len(data)}" if isinstance(data, list | dict) else repr(data)[:200]

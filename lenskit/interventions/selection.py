@@ -67,8 +67,18 @@ class Selection:
         self._index: tuple[Any, ...] = ()
         self._valid: Tensor | None = None
         self._mesh = False
+        self._lengths: list[int] | None = None
+        for i in tokens:
+            if i not in self.dropped:
+                of = axes[i].own if axes[i].own is not None else axes[i].per_row
+                self._lengths = [len(c) for c in of] if of is not None else [len(axes[i].columns)] * len(rows)
+                break
         if not self.whole:
             self._build(axes, list(rows), tokens)
+
+    def lengths(self) -> list[int] | None:
+        """How many tokens of each row are selected, along the first axis of tokens that is kept; None without one."""
+        return self._lengths
 
     def read(self, x: Tensor) -> Tensor:
         """The selected part: the activation itself, a view, or a copy."""
@@ -155,7 +165,9 @@ def select(point: HookPoint, selectors: Selectors, geometry: Geometry, step: int
         elif name in TOKEN_AXES:
             token_axes[i] = geometry.keys(step) if name == "key_pos" else geometry.queries(step)
             selector = selectors.dims if name == "key_pos" else selectors.tokens
-            axes.append(_token_axis(token_axes[i], selector, rows, "dims" if name == "key_pos" else "tokens", geometry))
+            kind = "dims" if name == "key_pos" else "tokens"
+            stays = selector is None and selectors.prompts is None
+            axes.append(_token_axis(token_axes[i], selector, rows, kind, geometry, stays=stays))
         else:
             kind = "heads" if name == "head" else "dims"
             selector = selectors.heads if name == "head" else selectors.dims if i == len(point.axes) - 1 else None
@@ -173,8 +185,14 @@ def _plain_axis(size: int, selector: Canonical, kind: str) -> Axis:
     return Axis(columns, drop=isinstance(selector, int), whole=selector is None)
 
 
-def _token_axis(tokens: Tokens, selector: Canonical, rows: Sequence[int], kind: str, geometry: Geometry) -> Axis:
-    """Columns of the padded axis, from a selector that counts over each row's own tokens."""
+def _token_axis(
+    tokens: Tokens, selector: Canonical, rows: Sequence[int], kind: str, geometry: Geometry, *, stays: bool
+) -> Axis:
+    """Columns of the padded axis, from a selector that counts over each row's own tokens.
+
+    Args:
+        stays: nothing is selected, so the axis is kept as the batch has it.
+    """
     drop = isinstance(selector, int)
     if tokens.own is None:
         try:
@@ -195,8 +213,8 @@ def _token_axis(tokens: Tokens, selector: Canonical, rows: Sequence[int], kind: 
     longest = max(per_row, key=len)
     if not longest:
         raise MissingIndexError(kind, 0, 0)
-    if selector is None and len(rows) > 1 and any(columns[-1] != tokens.width - 1 for columns in per_row):
-        return Axis(range(tokens.width), drop=False, whole=True, own=per_row)  # padded on the right: as it was given
+    if stays:
+        return Axis(range(tokens.width), drop=False, whole=True, own=per_row)
     if all(list(columns) == list(longest) for columns in per_row):
         return Axis(longest, drop=drop, whole=not drop and list(longest) == list(range(tokens.width)))
     return Axis(longest, drop=drop, whole=False, per_row=per_row)

@@ -81,7 +81,7 @@ class Selectors:
         if not isinstance(data, Mapping) or not set(data) <= set(NAMES):
             raise PlanFormatError(
                 f"{where}: these are no selectors",
-                got=repr(data)[:200],
+                got=f"a {type(data).__name__}",
                 expected=f"an object with some of {', '.join(NAMES)}",
                 fix="write plans with Plan.save",
             )
@@ -124,7 +124,7 @@ def _canonical(value: Selector, name: str, where: str) -> Canonical:
             return tuple(listed)
     raise SelectorError(
         f"{where}: {name} selects nothing that there is",
-        got=f"{name}={value!r}",
+        got=f"{name}={_briefly(value)}",
         expected="an int, a slice with a step above 0, or a list of ints that is not empty",
         fix=f"write {name}=3, {name}=slice(2, 5) or {name}=[0, 4]; leave {name} out for all",
     )
@@ -155,3 +155,10 @@ def _from_json(value: Any) -> Any:
         if isinstance(parts, list) and len(parts) == 3:
             return slice(*parts)
     return value
+
+
+def _briefly(value: Any) -> str:
+    try:
+        return repr(value)
+    except RecursionError:
+        return type(value).__name__

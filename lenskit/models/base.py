@@ -248,9 +248,11 @@ class Decoder(Module):
         if torch.compiler.is_compiling():  # a graph has no thread
             return self._through(layers, tokens, run, enter=start_at_layer is None, leave=stop_at_layer is None)
         outer, THREAD.run = THREAD.run, run
+        THREAD.depth += 1
         try:
             return self._through(layers, tokens, run, enter=start_at_layer is None, leave=stop_at_layer is None)
         finally:
+            THREAD.depth -= 1
             THREAD.run = outer
 
     def _through(
