@@ -37,7 +37,7 @@ class _Thread(local):
 
     run: Pass | None = None
     blocks_off: int = 0
-    depth: int = 0
+    depth: int = 0  # passes that run within each other: a function may run the model
 
 
 THREAD = _Thread()

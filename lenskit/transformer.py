@@ -17,7 +17,7 @@ from lenskit.errors import InputError
 from lenskit.generation import Generation, Generator, Step, checked_length, left_padded, repeated
 from lenskit.hooks import HookPoint
 from lenskit.inputs import Batch, Input, stream_batch, to_batch, with_mask
-from lenskit.interventions.forward import Past, Result, check_one_pass, forward, geometry_of, prefill
+from lenskit.interventions.forward import Past, Result, check_for_cache, forward, geometry_of, prefill
 from lenskit.interventions.ops import Hook, Op
 from lenskit.interventions.plan import Plan
 from lenskit.interventions.program import Program
@@ -232,7 +232,7 @@ class HookedTransformer(WeightAccess, Decoder):
         running = self.points_between(start_at_layer, stop_at_layer)
         points = [p for p in running.values() if not p.on_demand] if names is None else resolve(names, running)
         program = self._plan(hooks, batch, past, running)
-        check_one_pass(program, "a cache is of one forward pass")
+        check_for_cache(program)
         layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
         reads = on_points(points, keep, "read")
         with nullcontext() if grad else torch.no_grad():

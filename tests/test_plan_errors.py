@@ -634,3 +634,10 @@ def test_classes_say_what_kind_of_mistake_it_is() -> None:
     assert issubclass(ExpressionError, TypeError)
     assert issubclass(UnknownHookPointError, KeyError)
     assert not issubclass(PlanError, HookError)
+
+
+def test_a_save_beside_a_cache_is_not_lost_in_silence(shared: lk.HookedTransformer) -> None:
+    with pytest.raises(lk.errors.InputError) as refused:
+        shared.run_with_cache([1, 2, 3], "hook_embed", hooks=[lk.Save("hook_logits")])
+    assert refused.value.what == "hooks[0] Save('hook_logits') would be lost"
+    assert "names=" in refused.value.fix

@@ -13,7 +13,7 @@ from lenskit.inputs import Batch
 from lenskit.interventions.actions import Stopped
 from lenskit.interventions.execution import Execution, PassRun
 from lenskit.interventions.geometry import Geometry, Tokens, tokens_of
-from lenskit.interventions.ops import Stop
+from lenskit.interventions.ops import Save, Stop
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved
 from lenskit.interventions.scope import attached
@@ -185,11 +185,28 @@ def prefill(model: Decoder, batch: Batch, program: Program, past: Past | None) -
     return Past(tokens, cache.mask, cache, execution.saved(model.cfg.n_layers))
 
 
-def check_one_pass(program: Program, what: str) -> None:
-    """See that a program takes one pass.
+def check_for_cache(program: Program) -> None:
+    """See that a cache holds all that a program gives: it is of one pass, and has no place for what a `Save` keeps.
 
     Raises:
-        InputError: prompts need each other's later activations.
+        InputError: it does not.
+    """
+    check_one_pass(program, "a cache is of one forward pass")
+    for op in program.ops:
+        if isinstance(op.op, Save):
+            raise InputError(
+                f"{op.numbered} would be lost",
+                got="a Save beside a cache",
+                expected="hooks that edit: the cache keeps what `names` says",
+                fix="add the point to names=, or use run_with_hooks, whose result has `saved`",
+            )
+
+
+def check_one_pass(program: Program, what: str) -> None:
+    """See that a program takes one pass, and all of it.
+
+    Raises:
+        InputError: prompts need each other's later activations, or there is a `Stop`.
     """
     if any(isinstance(op.op, Stop) for op in program.ops):
         raise _several(what, "hooks with a Stop")

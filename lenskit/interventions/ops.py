@@ -153,10 +153,15 @@ class Edit(Op):
                 f"write {kind}(name, 0.0), or a pair (name, function) for what only Python can say",
             )
         if isinstance(value, int) and abs(value) >= 2**1023:
-            raise _refused(where, "a whole number that no float reaches", "a number", "write math.inf")
+            raise _refused(
+                where, "a whole number that no float reaches", "a number that a float can be", "write math.inf"
+            )
         if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
             raise _refused(
-                where, f"a {value.layout} tensor on {value.device}", "a dense tensor with values", "convert it"
+                where,
+                f"a {value.layout} tensor on {value.device}",
+                "a dense tensor that holds values",
+                "pass value.to_dense(), or a tensor that is not on the meta device",
             )
         if isinstance(at, Expression):
             raise _refused(where, "an expression", "a hook point's name", "only Save takes an expression there")
@@ -294,7 +299,7 @@ def _refused(where: str, got: str, expected: str, fix: str) -> PlanError:
 
 
 def _own(at: Any) -> Any:
-    """A site with lists of its own."""
+    """A site whose lists nobody else can change later."""
     if isinstance(at, str | Expression) or callable(at) or not isinstance(at, Iterable):
         return at
     return [_own(entry) for entry in at]

@@ -116,12 +116,13 @@ def digest(ops: Sequence[Op], model: nn.Module | None) -> str:
 
 
 def _plain(tensor: Tensor) -> Tensor:
+    """The numbers as they are hashed and written."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype == torch.complex128:
         raise PlanFormatError(
             "a tensor cannot be written",
             got=f"{tensor.layout} {tensor.dtype} on {tensor.device}",
-            expected="a dense tensor",
-            fix="convert",
+            expected="a dense tensor that holds values, of a dtype that safetensors has",
+            fix="convert it: value.to_dense(), value.to(torch.complex64), a tensor that is not on the meta device",
         )
     return tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
 
@@ -197,7 +198,7 @@ def _op_from_json(data: Any, where: str, expressions: Sequence[Expression], tens
     Selectors.from_json(selectors, where)
     chosen = {name: _selector(value) for name, value in selectors.items()}
     if kind is Save and "at" not in data and not isinstance(data.get("value"), Mapping):
-        raise _no_plan(where, "a value", "a node")
+        raise _no_plan(where, _shown(data.get("value")), "a site `at`, or a value that is one of the plan's nodes")
     at = _site_from_json(data["at"], where) if "at" in keys and "at" in data else None
     if ("value" in keys and "value" not in data) or ("at" in keys and at is None):
         raise _no_plan(where, f"{', '.join(data)}", "a site `at`, and a value where the op has one")
@@ -261,8 +262,10 @@ def _not_data(numbered: Numbered, got: str, fix: str) -> PlanFormatError:
 
 
 def _beside(path: Path) -> Path:
+    """The file of a plan's tensors. Names that differ in their ending only have one each."""
     return path.with_suffix(".safetensors") if path.suffix == ".json" else path.with_name(path.name + ".safetensors")
 
 
 def _shown(data: Any) -> str:
+    """What came, shortly: deeply nested data has no repr."""
     return f"a {type(data).__name__} of {len(data)}" if isinstance(data, list | dict) else repr(data)[:200]

@@ -158,6 +158,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _briefly(value: Any) -> str:
+    """What came; deeply nested lists of a file have no repr."""
     try:
         return repr(value)
     except RecursionError:
