@@ -643,7 +643,7 @@ def test_no_keywords_are_fine() -> None:
 def test_everything_that_hugging_face_knows_is_known() -> None:
     attributes = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     arguments = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
-    assert attributes <= {*module._CHOICES, *module._HINTS, *module._MEANINGLESS}
+    assert attributes <= {*module.CHOICES, *module._HINTS, *module._MEANINGLESS}
     assert arguments <= {*module._OPTIONS, *module._HINTS}
     assert not {*module._OPTIONS} & {*module._HINTS}
     ours = set(inspect.signature(lk.HookedTransformer.generate).parameters) - {"self", "unsupported"}
