@@ -915,7 +915,6 @@ def test_a_plan_is_compiled_once_for_batches_that_are_alike(
     compiled.clear()
     for model, logits in zip((one, two), expected, strict=True):
         assert torch.equal(model.run_with_hooks(TOKENS, hooks=plan).logits, logits)
-        torch.testing.assert_close(model.run_with_cache(TOKENS, hooks=plan)[0], logits.detach())
         model.prefill(TOKENS, hooks=plan)
     assert compiled == []
 
