@@ -18,6 +18,7 @@ from lenskit.errors import InputError, NotSavedError
 from lenskit.generation import Generation
 from lenskit.interventions.ops import Op, Save
 from lenskit.interventions.plan import Plan
+from lenskit.interventions.plan_file import tensors_file
 from lenskit.interventions.selectors import indices
 from lenskit.transformer import HookedTransformer
 
@@ -123,7 +124,7 @@ def _check_out(out: Path | None, saves: Sequence[Save], plan: Path | None, *, as
         raise _bad_out(
             f"--out {out}", "a name that ends in .safetensors", f"write --out {out.with_suffix('.safetensors')}"
         )
-    if plan is not None and out.resolve() == plan.resolve().with_suffix(".safetensors"):
+    if plan is not None and out.resolve() == tensors_file(plan.resolve()):
         raise _bad_out(f"--out {out}, where the plan's own tensors are", "another file", "choose another name")
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise _bad_out(f"--out {out}", "a file in a folder that is there", "make the folder, or choose another name")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lenskit.cache import ActivationCache
 from lenskit.errors import InputError
+from lenskit.hooks import hooks_off
 from lenskit.models.base import Decoder
-from lenskit.modules.norms import Norm
 from lenskit.transformer import HookedTransformer
 
 
@@ -49,10 +49,8 @@ def logit_lens(
         stream = stream[:, torch.arange(len(columns), device=device)[:, None], columns]
     if isinstance(positions, int):
         stream = stream.squeeze(2)
-    with torch.set_grad_enabled(stream.requires_grad):
-        # The norm's own call would run the hooks of whoever has some on it: they are about the model's pass.
-        normed = model.ln_final.fused(stream) if isinstance(model.ln_final, Norm) else model.ln_final(stream)
-        logits: Tensor = model.unembed(normed)
+    with torch.set_grad_enabled(stream.requires_grad), hooks_off():  # hooks are about the model's own pass
+        logits: Tensor = model.unembed(model.ln_final(stream))
     return logits
 
 

@@ -50,7 +50,6 @@ class Compiler:
     n_steps: int | None
     selections: dict[Any, Selection] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
-    checked: set[Any] = field(default_factory=set)
 
     def compile(self, ops: Sequence[Op]) -> Program:
         """The program.
@@ -237,14 +236,14 @@ class Compiler:
         self, resolved: Resolved, op: Edit, point: HookPoint, selection: Selection, step: int, shape: Sequence[int]
     ) -> None:
         """Row by row, prompts that get others' tokens have as many."""
-        targets = selection.lengths()
+        targets = selection.lengths
         for source in resolved.sources:
             if list(source.rows) == list(resolved.rows):
                 continue
             at = step if source.step is None else source.step
             lengths = selected(
                 self.selections, self.geometry, source.place[1], source.act.selectors, at, source.rows
-            ).lengths()
+            ).lengths
             if lengths is None or targets is None or len(shape) < 2 or 1 in (max(lengths), max(targets)):
                 continue
             if max(lengths) not in shape:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lenskit.errors import LenskitError, StepError
-from lenskit.hooks import THREAD, Attachment, HookPoint, attach, detach
+from lenskit.hooks import THREAD, Attachment, HookFunction, HookPoint, attach, detach
 from lenskit.interventions.actions import CHANGES, Action, Stopped, calling, chain, snapshot, stop
 from lenskit.interventions.expressions import Act, Expression, evaluate
 from lenskit.interventions.geometry import Geometry
@@ -21,7 +21,7 @@ from lenskit.interventions.ops import Edit, Function, Save, Set
 from lenskit.interventions.parts import Part, merged
 from lenskit.interventions.program import Place, Program, Resolved, Source, step_class
 from lenskit.interventions.saved import NeverRan, Saved
-from lenskit.interventions.selection import Selection, select
+from lenskit.interventions.selection import TOKEN_AXES, Selection, select
 from lenskit.interventions.selectors import Selectors
 from lenskit.modules.module import torch_hooks_are_used
 
@@ -100,6 +100,7 @@ class PassRun:
         self._attached: list[tuple[HookPoint, Attachment]] = []
         self._rebuild = True
         self._thread = get_ident()  # that the attachments are for: another one may take the next step
+        self._depth = 0  # of the pass under way, among those that functions start within each other
         self._functions = any(isinstance(op.op, Function) for op in self.program.ops)
         self._boundaries = {0, 1}
         for op in self.program.ops:
@@ -176,8 +177,8 @@ class PassRun:
         logits = self.program.points.get("hook_logits")
         self.n_logits = None if logits is not None and logits.attachments is not None else columns
 
-    def _own_pass(self, function: Any) -> Any:
-        """Not in a pass that a function starts within this one."""
+    def _own_pass(self, function: HookFunction) -> HookFunction:
+        """The function, but not in a pass that a user's function starts within this one."""
         return lambda x, hook: function(x, hook) if THREAD.depth == self._depth else x
 
     def _some(self, rows: Sequence[int]) -> bool:
@@ -360,7 +361,7 @@ def _wider(columns: int | None, point: HookPoint, part: Part | None) -> int | No
 def _token_dims(point: HookPoint, selection: Selection) -> list[int]:
     """The axes of tokens, as numbered once dropped axes are left out."""
     kept = [i for i in range(len(point.axes)) if i not in selection.dropped]
-    return [dim for dim, i in enumerate(kept) if point.axes[i] in ("pos", "query_pos", "key_pos")]
+    return [dim for dim, i in enumerate(kept) if point.axes[i] in TOKEN_AXES]
 
 
 def _boundaries(op: Resolved) -> set[int]:

@@ -33,10 +33,6 @@ class Tokens(NamedTuple):
         joined = (_join(self.of(row), other.of(row), self.width) for row in range(rows))
         return Tokens(width, tuple(joined))
 
-    def shortest(self) -> int:
-        """The smallest number of own tokens in a row."""
-        return self.width if self.own is None else min(len(columns) for columns in self.own)
-
 
 def tokens_of(width: int, mask: Bool[Tensor, "batch pos"] | None) -> Tokens:
     """The axis behind a mask (True for a row's own tokens)."""

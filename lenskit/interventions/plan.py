@@ -11,7 +11,7 @@ from lenskit.errors import ExpressionError
 from lenskit.hooks import HookPoint
 from lenskit.interventions import plan_file
 from lenskit.interventions.compiler import Compiler
-from lenskit.interventions.expressions import ModuleCall, bind, order
+from lenskit.interventions.expressions import bind, modules
 from lenskit.interventions.geometry import Geometry
 from lenskit.interventions.ops import Hook, Numbered, Op, as_ops
 from lenskit.interventions.program import Program
@@ -121,7 +121,7 @@ def _bound(numbered: Numbered, model: nn.Module) -> Op:
     """The op with modules in its expressions looked up by name, and checked to be the model's."""
     op = numbered.op
     for expression in op.expressions:
-        applied = [node.module for node in order(expression) if isinstance(node, ModuleCall)]
+        applied = modules(expression)
         if any(isinstance(module, str) for module in applied):
             try:
                 return op.with_expression(bind(expression, model.get_submodule))

@@ -84,11 +84,11 @@ def save(ops: Sequence[Op], path: Path, model: nn.Module | None) -> Path:
     text = json.dumps(to_json(ops, model), indent=1, allow_nan=False) + "\n"
     held = tensors(ops)
     if held:
-        save_file(held, _beside(path))
+        save_file(held, tensors_file(path))
         # As the folder lets others; safetensors' own would be readable for its owner alone.
-        _beside(path).chmod(path.absolute().parent.stat().st_mode & 0o666)
-    elif _beside(path).exists():  # an earlier plan's, which this one would not match
-        _beside(path).unlink()
+        tensors_file(path).chmod(path.absolute().parent.stat().st_mode & 0o666)
+    elif tensors_file(path).exists():  # an earlier plan's, which this one would not match
+        tensors_file(path).unlink()
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -97,7 +97,7 @@ def load(path: Path) -> list[Op]:
     """See `Plan.load`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        beside = _beside(path)
+        beside = tensors_file(path)
         held = load_file(beside) if beside.exists() else {}
     except (ValueError, RecursionError, SafetensorError) as error:
         raise PlanFormatError(
@@ -261,7 +261,7 @@ def _not_data(numbered: Numbered, got: str, fix: str) -> PlanFormatError:
     )
 
 
-def _beside(path: Path) -> Path:
+def tensors_file(path: Path) -> Path:
     """The file of a plan's tensors. Names that differ in their ending only have one each."""
     return path.with_suffix(".safetensors") if path.suffix == ".json" else path.with_name(path.name + ".safetensors")
 

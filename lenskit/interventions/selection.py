@@ -49,12 +49,18 @@ class Axis:
         self.per_row = per_row
         self.own = own
 
+    def lengths(self, rows: int) -> list[int]:
+        """How many columns are selected in each of so many rows."""
+        by_row = self.per_row if self.own is None else self.own
+        return [len(self.columns)] * rows if by_row is None else [len(columns) for columns in by_row]
+
 
 class Selection:
     """Reads and edits the selected part of an activation.
 
     shape: of what is read, dropped axes left out.
     depth: how many of the last token columns the activation must have at least.
+    lengths: how many tokens of each row are selected, along the first axis of tokens that is kept; None without one.
     """
 
     def __init__(self, axes: Sequence[Axis], *, rows: Sequence[int], tokens: dict[int, Tokens]) -> None:
@@ -67,18 +73,10 @@ class Selection:
         self._index: tuple[Any, ...] = ()
         self._valid: Tensor | None = None
         self._mesh = False
-        self._lengths: list[int] | None = None
-        for i in tokens:
-            if i not in self.dropped:
-                of = axes[i].own if axes[i].own is not None else axes[i].per_row
-                self._lengths = [len(c) for c in of] if of is not None else [len(axes[i].columns)] * len(rows)
-                break
+        kept = [axes[i] for i in tokens if i not in self.dropped]
+        self.lengths = kept[0].lengths(len(rows)) if kept else None
         if not self.whole:
-            self._build(axes, list(rows), tokens)
-
-    def lengths(self) -> list[int] | None:
-        """How many tokens of each row are selected, along the first axis of tokens that is kept; None without one."""
-        return self._lengths
+            self._build(axes, tokens)
 
     def read(self, x: Tensor) -> Tensor:
         """The selected part: the activation itself, a view, or a copy."""
@@ -117,7 +115,7 @@ class Selection:
             found = self._devices[device] = (index, None if self._valid is None else self._valid.to(device))
         return found
 
-    def _build(self, axes: Sequence[Axis], rows: Sequence[int], tokens: dict[int, Tokens]) -> None:
+    def _build(self, axes: Sequence[Axis], tokens: dict[int, Tokens]) -> None:
         ends = {i: axis.width for i, axis in tokens.items()}
         slices = [_basic(axis, ends.get(i, 0)) for i, axis in enumerate(axes)]
         self._mesh = any(part is None for part in slices)
