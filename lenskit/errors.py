@@ -25,6 +25,7 @@ LenskitError
 │   ├── WithoutEffectError       an op that would never run, or whose result could not be told apart
 │   ├── ExpressionError          something that an expression cannot do
 │   └── PlanFormatError          data that is no plan, or a plan that cannot be written as data
+├── TraceError                   a trace that is used where or how it cannot record anything
 ├── NotSavedError                a value that was asked for and never saved
 ├── GenerationError              options of `generate` that make no sense or are not supported
 └── MissingExtraError            an optional dependency that is not installed
@@ -152,6 +153,10 @@ class ExpressionError(PlanError, TypeError):
 
 class PlanFormatError(PlanError, ValueError):
     """Data that is no plan, or a plan that cannot be written as data."""
+
+
+class TraceError(LenskitError, TypeError):
+    """A trace or a proxy that is used where or how nothing can be recorded."""
 
 
 class NotSavedError(LenskitError, KeyError):

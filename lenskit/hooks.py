@@ -13,9 +13,10 @@ from threading import Lock, get_ident, local
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenskit.errors import AxisError, HookError, ReplacementError
+from lenskit.recording import Recorded
 
 _LOCK = Lock()
 
@@ -68,7 +69,7 @@ class Attachment:
     thread: int
 
 
-class HookPoint(nn.Module):
+class HookPoint(Recorded):
     """An identity that names an activation.
 
     Args:
@@ -81,7 +82,6 @@ class HookPoint(nn.Module):
     """
 
     attachments: tuple[Attachment, ...] | None
-    name: str
 
     def __init__(
         self,
@@ -96,7 +96,6 @@ class HookPoint(nn.Module):
         self.axes = tuple(axes.split())
         self.sizes = {"1": 1, **sizes}
         self.on_demand, self.statistic = on_demand, statistic
-        self.name = ""  # its path in the model, written by the model once it is built
         self.attachments = None  # None rather than an empty tuple: the cheapest check there is
         self.swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
 

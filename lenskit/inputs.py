@@ -106,6 +106,20 @@ def _pad(rows: list[list[int]]) -> Batch:
     return Batch(tokens, mask)
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of several batches as one, padded on the left as far as the longest needs."""
+    if len(batches) == 1 and batches[0].mask is None:
+        return batches[0]
+    rows = [
+        tokens if batch.mask is None else tokens[batch.mask[index]]
+        for batch in batches
+        for index, tokens in enumerate(batch.tokens)
+    ]
+    tokens, mask = _pad([row.tolist() for row in rows])
+    device = batches[0].tokens.device
+    return Batch(tokens.to(device), None if mask is None else mask.to(device))
+
+
 def _from_encoding(encoding: Mapping[str, Any]) -> Batch:
     """A tokenizer's output, as lists (padded or not) or tensors; its padding may be on either side."""
     if "input_ids" not in encoding:

@@ -13,7 +13,6 @@ from lenskit.checkpoints import load as loading
 from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.devices import Device
 from lenskit.checkpoints.source import find
-from lenskit.errors import InputError
 from lenskit.generation import Generation, Generator, Step, checked_length, left_padded, repeated
 from lenskit.hooks import HookPoint
 from lenskit.inputs import Batch, Input, stream_batch, to_batch, with_mask
@@ -23,10 +22,13 @@ from lenskit.interventions.plan import Plan
 from lenskit.interventions.program import Program
 from lenskit.interventions.scope import attached, on_points, on_sites
 from lenskit.interventions.sites import Site, resolve
-from lenskit.models.base import Decoder, DecoderConfig, init_weights
+from lenskit.models.base import DecoderConfig, init_weights
 from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
 from lenskit.sampling import CHOICES, default_eos, sampling_from
+from lenskit.text_access import TextAccess
+from lenskit.tracing.steps import checked_steps
+from lenskit.tracing.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 Hooks = Plan | Sequence[Op | Hook]  # what `hooks=` takes
 
 
-class HookedTransformer(WeightAccess, Decoder):
+class HookedTransformer(WeightAccess, TextAccess):
     """A transformer whose every activation is a named hook point.
 
     Args:
@@ -109,35 +111,6 @@ class HookedTransformer(WeightAccess, Decoder):
             source=self.source,
             generation_config=self.generation_config,
         )
-
-    # -- text
-
-    def to_tokens(self, text: Input) -> Batch:
-        """Ids [batch pos] and mask, as every verb sees them; rows of unequal length are padded on the left."""
-        return to_batch(text, d_vocab=self.cfg.d_vocab, tokenizer=self.tokenizer, device=self.device)
-
-    def to_str_tokens(self, text: Input) -> list[str]:
-        """One prompt's tokens, each as the text that it stands for."""
-        batch = self.to_tokens(text)
-        if len(batch.tokens) != 1:
-            raise InputError(
-                "to_str_tokens takes one prompt",
-                got=f"{len(batch.tokens)} prompts",
-                expected="one",
-                fix="call it for each prompt",
-            )
-        return [self.to_string(token) for token in batch.tokens[0]]
-
-    def to_string(self, tokens: Tensor | list[int] | int) -> str:
-        """The text of one row of ids, special tokens included."""
-        if self.tokenizer is None:
-            raise InputError(
-                "the model has no tokenizer",
-                got=f"tokenizer=None on a model from {self.source}",
-                expected="a Hugging Face tokenizer",
-                fix="set model.tokenizer",
-            )
-        return str(self.tokenizer.decode(tokens))
 
     # -- running
 
@@ -330,6 +303,38 @@ class HookedTransformer(WeightAccess, Decoder):
         """
         return self._generator(options, prompts, hooks, mask, past, streamer, False, return_logits).steps()
 
+    def trace(
+        self,
+        prompt: Input | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        past: Past | None = None,
+        **options: Any,
+    ) -> Trace:
+        """A `with` block in which activations are read, set and saved by name; its end runs it as a plan.
+
+        Args:
+            prompt: what `generate` takes; None for several, each opened with `run.invoke(prompt)`.
+            max_new_tokens: of a generation; None for one forward pass.
+            past, options: `generate`'s.
+
+        Raises:
+            GenerationError: options, but no max_new_tokens. In the block: TraceError, PlanError, at the line.
+        """
+        n_steps = checked_steps(max_new_tokens, options)
+
+        def run(batch: Batch, plan: Plan) -> Result | Generation:
+            if n_steps is None:
+                return self.run_with_hooks(batch.tokens, plan, mask=batch.mask, past=past)
+            return self.generate(
+                batch.tokens, hooks=plan, mask=batch.mask, past=past, max_new_tokens=n_steps, **options
+            )
+
+        def read(given: Input) -> Batch:
+            return self._batch(given, None, None, past)
+
+        return Trace(self, read=read, run=run, text=self.to_string, n_steps=n_steps, prompt=prompt, past=past)
+
     def hooks(self, hooks: Sequence[Hook] = (), *, bwd_hooks: Sequence[Hook] = ()) -> AbstractContextManager[None]:
         """A `with` block in which every forward pass of this thread runs with these hooks; they leave with it."""
         return attached(on_sites(hooks, self.hook_points, "edit") + on_sites(bwd_hooks, self.hook_points, "grad"))
@@ -345,11 +350,6 @@ class HookedTransformer(WeightAccess, Decoder):
         rows, pos = self._batch(input, mask, None).tokens.shape
         sizes = {"batch": rows, "pos": pos, "query_pos": pos, "key_pos": pos}
         return {name: point.shape(**sizes) for name, point in self.hook_points.items()}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the embedding is, and so where inputs go."""
-        return self.embed.weight.device
 
     def _plan(
         self, hooks: Hooks, batch: Batch, past: Past | None, points: Mapping[str, HookPoint], n_steps: int | None = None

@@ -28,7 +28,7 @@ def run(block: str, names: dict[str, object]) -> int:
     return compared
 
 
-@pytest.mark.parametrize("page", ["interventions.md"])
+@pytest.mark.parametrize("page", ["interventions.md", "tracing.md"])
 def test_a_page_does_what_it_says(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

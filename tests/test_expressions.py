@@ -28,10 +28,10 @@ from lenskit.interventions.expressions import (
     Call,
     Expression,
     ModuleCall,
-    acts,
     as_json,
     bind,
     evaluate,
+    leaves,
     modules,
     order,
     shape_of,
@@ -70,6 +70,15 @@ REAL = SimpleNamespace(**VALUES)
 ACTS = SimpleNamespace(**{name: Act(name) for name in VALUES})
 CONSTANT = seeded(3, 4, seed=11)
 CONSTANT_MASK = torch.tensor([True, False, True])
+
+
+def written(x: Any, index: Any, value: Any) -> Any:
+    """`x` as it is once `value` was written into a part of it."""
+    if isinstance(x, Expression):
+        return Call("setitem", (x, index, value))
+    x = x.clone()
+    x[index] = value
+    return x
 
 
 def leaf(act: Act) -> Tensor:
@@ -173,6 +182,10 @@ CASES: dict[str, list[Callable[[Any], Any]]] = {
     "gather": [lambda t: t.x.gather(-1, t.ids), lambda t: torch.gather(t.x, dim=1, index=t.ids)],
     "ge": [lambda t: t.x >= t.y, lambda t: 0 >= t.x],
     "gelu": [lambda t: F.gelu(t.x), lambda t: F.gelu(t.x, approximate="tanh")],
+    "setitem": [
+        lambda t: written(t.x, (0, slice(1, None), 2), 7.0), lambda t: written(t.x, ..., t.x * 2),
+        lambda t: written(t.x, t.x > 0, 0.0), lambda t: written(t.x, (slice(None), [0, 2]), t.x[:, :1]),
+    ],
     "getitem": [
         lambda t: t.x[0], lambda t: t.x[:, 1:, ::2], lambda t: t.x[..., -1], lambda t: t.x[:, None, 0],
         lambda t: t.x[[1, 0]], lambda t: t.x[:, [0, 2, 1]], lambda t: t.x[:, torch.tensor([0, 2])],
@@ -405,7 +418,7 @@ def test_nodes_come_once_arguments_first() -> None:
     assert len(nodes) == len(set(nodes)) == 6
     places = {node: place for place, node in enumerate(nodes)}
     assert all(places[given] < place for node, place in places.items() for given in node.inputs)
-    assert [act.at for act in acts(expression)] == ["x", "y"]
+    assert [act.at for act in leaves(expression)] == ["x", "y"]
     assert modules(expression) == []
     assert len(order(total, expression)) == 6
 

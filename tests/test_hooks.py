@@ -26,12 +26,16 @@ Edit = Callable[[Tensor], Tensor]
 
 BY_HEAD = ["hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"]
 IN_A_BLOCK = [
-    "hook_resid_pre", *BY_HEAD, "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v",
-    "attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z",
-    "attn.hook_result", "hook_attn_out", "hook_resid_mid", "hook_mlp_in", "ln2.hook_scale", "ln2.hook_normalized",
-    "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
+    "hook_resid_pre", *BY_HEAD, "ln1.hook_scale", "ln1.hook_normalized", "ln1.hook_out", "attn.hook_q",
+    "attn.hook_k", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern",
+    "attn.hook_z", "attn.hook_result", "hook_attn_out", "hook_resid_mid", "hook_mlp_in", "ln2.hook_scale",
+    "ln2.hook_normalized", "ln2.hook_out", "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post",
+    "hook_mlp_out", "hook_resid_post",
 ]  # fmt: skip
-OUTSIDE = ["hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized", "hook_logits"]
+OUTSIDE = [
+    "hook_embed", "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_normalized", "ln_final.hook_out",
+    "hook_logits",
+]  # fmt: skip
 NAMES = [*OUTSIDE, *(f"blocks.1.{name}" for name in IN_A_BLOCK)]
 ABSENT = {"gpt2": ("rot_q", "rot_k", "pre_linear"), "llama": ("pos_embed",)}
 NAMES_OF = {model_type: [name for name in NAMES if not name.endswith(ABSENT[model_type])] for model_type in MODEL_TYPES}
@@ -59,7 +63,8 @@ def reference(model: lk.HookedTransformer, tokens: Tensor, edits: dict[str, Edit
         scale = (x.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
         scale = at(f"{name}.hook_scale", scale) if name else scale
         normalized = at(f"{name}.hook_normalized", x / scale) if name else x / scale
-        return normalized * module.weight + (0.0 if llama else module.bias)
+        gained = normalized * module.weight + (0.0 if llama else module.bias)
+        return at(f"{name}.hook_out", gained) if name else gained
 
     def turn(x: Tensor) -> Tensor:
         if not llama:
@@ -373,7 +378,7 @@ def test_later_edits_do_not_reach_what_was_kept(shared: lk.HookedTransformer, da
         _, after = shared.run_with_cache(TOKENS, "*")
     for name in upstream:
         assert torch.equal(after[name], before[name]), name
-    assert len(held) == len(names) - 2 * shared.cfg.n_layers
+    assert len(held) == len(names) - 3 * shared.cfg.n_layers
     for name, snapshot in snapshots.items():
         assert torch.equal(held[name].nan_to_num(), snapshot.nan_to_num()), name
 
@@ -812,7 +817,7 @@ def test_forward_and_backward_hooks_together(shared: lk.HookedTransformer) -> No
 
 
 @pytest.mark.parametrize("head_input", BY_HEAD)
-@pytest.mark.parametrize("norm", ["ln1.hook_normalized", "ln1.hook_scale"])
+@pytest.mark.parametrize("norm", ["ln1.hook_normalized", "ln1.hook_scale", "ln1.hook_out"])
 @torch.no_grad()
 def test_an_edit_of_the_norm_that_no_head_reads_is_an_error(
     shared: lk.HookedTransformer, head_input: str, norm: str
@@ -832,7 +837,7 @@ def test_an_edit_of_the_norm_that_no_head_reads_is_an_error(
 
 
 @pytest.mark.parametrize("head_input", BY_HEAD)
-@pytest.mark.parametrize("norm", ["ln1.hook_normalized", "ln1.hook_scale"])
+@pytest.mark.parametrize("norm", ["ln1.hook_normalized", "ln1.hook_scale", "ln1.hook_out"])
 def test_a_gradient_of_the_norm_that_no_head_reads_is_an_error(
     shared: lk.HookedTransformer, head_input: str, norm: str
 ) -> None:

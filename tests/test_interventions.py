@@ -701,7 +701,7 @@ def test_expressions_of_the_models_own_modules(shared: lk.HookedTransformer) -> 
     by_hand = shared.unembed(shared.ln_final(cache["resid_post", 0][:, -1]))
     same(result.saved["lens"], by_hand)
     same(result.saved["confidence"], by_hand.softmax(-1).amax(-1))
-    assert seen == ["ln_final.hook_scale", "ln_final.hook_normalized"]
+    assert seen == ["ln_final.hook_scale", "ln_final.hook_normalized", "ln_final.hook_out"]
 
 
 def test_an_expression_of_several_activations(shared: lk.HookedTransformer) -> None:

@@ -73,7 +73,15 @@ def test_prompts_of_different_lengths_are_each_as_if_alone(demo: lk.HookedTransf
 @torch.no_grad()
 def test_by_default_everything_is_cached_but_what_is_on_demand(shared: lk.HookedTransformer) -> None:
     _, cache = shared.run_with_cache(TOKENS)
-    on_demand = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in", "hook_result")
+    on_demand = (
+        "hook_attn_in",
+        "hook_q_input",
+        "hook_k_input",
+        "hook_v_input",
+        "hook_mlp_in",
+        "hook_result",
+        "hook_out",
+    )
     assert list(cache) == [name for name in shared.hook_points if not name.endswith(on_demand)]
 
 
@@ -312,7 +320,7 @@ def test_every_name_has_a_short_key(shared: lk.HookedTransformer, data: st.DataO
         layer = int(number)
         rest = name.split(".", 2)[2]
         keys = [name, f"blocks.{layer - 3}.{rest}", *((short, at, *parts) for at in (layer, layer - 3))]
-        if short not in ("scale", "normalized"):
+        if short not in ("scale", "normalized", "out"):
             keys += [(short, layer), (short, layer - 3)]
     for key in keys:
         assert cache[key] is cache[name]

@@ -1,13 +1,15 @@
 """Actions: what an op does to an activation, as functions of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lenskit.errors import ReplacementError
 from lenskit.hooks import HookPoint, check_replacement
 from lenskit.interventions.ops import Add, Function, Scale, Set
+from lenskit.interventions.selection import broadcasts
 
 Action = Callable[[Tensor], Tensor]
 
@@ -63,6 +65,24 @@ def calling(op: Function, point: HookPoint) -> Action:
         return own if result is None else check_replacement(result, x, point)
 
     return call
+
+
+def check_fit(value: Any, shape: Sequence[int], op: str) -> None:
+    """See that what a Python function returned can go where an op puts it.
+
+    Raises:
+        ReplacementError: it cannot.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return
+    if isinstance(value, Tensor) and broadcasts(value.shape, shape):
+        return
+    raise ReplacementError(
+        f"{op}: what its Python function returned does not fit",
+        got=f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}",
+        expected=f"a number, or a tensor that broadcasts to {tuple(shape)}",
+        fix="return a tensor of the activation's own shape",
+    )
 
 
 def stop(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ the meta device), and prompts are put into passes. The model is not run for it.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from lenskit.errors import (
 from lenskit.hooks import HookPoint
 from lenskit.interventions import passes
 from lenskit.interventions.consistency import check_keys, check_stops, needs
-from lenskit.interventions.expressions import Act, Expression, acts, shape_of
+from lenskit.interventions.expressions import Act, Expression, Grad, Leaf, Ref, UnknownShape, leaves, shape_of
 from lenskit.interventions.geometry import Geometry
-from lenskit.interventions.ops import Edit, Numbered, Op, Save, Set
+from lenskit.interventions.gradients import check_gradients, collected, fits
+from lenskit.interventions.ops import Edit, Numbered, Op, Read, Save, Set
 from lenskit.interventions.program import Place, Program, Resolved, Source, selected, signature
-from lenskit.interventions.selection import MissingIndexError, Selection
+from lenskit.interventions.selection import MissingIndexError, Selection, broadcasts
 from lenskit.interventions.selectors import Selectors, indices
 from lenskit.interventions.sites import resolve
 from lenskit.modules.module import at_least_float32
@@ -50,6 +51,7 @@ class Compiler:
     n_steps: int | None
     selections: dict[Any, Selection] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
+    reads: dict[str, Resolved] = field(default_factory=dict)
 
     def compile(self, ops: Sequence[Op]) -> Program:
         """The program.
@@ -58,13 +60,17 @@ class Compiler:
             PlanError, HookError: what is wrong with which op.
         """
         self.places = {name: place for place, name in enumerate(self.points)}
+        self.reads = {}
         resolved = [self._resolved(Numbered(index, op)) for index, op in enumerate(ops)]
         check_keys(resolved)
         check_stops(resolved)
-        chain = [need for op in resolved if op.sources and op.places for need in needs(op)]
+        chain = [need for op in resolved if op.places for need in needs(op)]
         rows = passes.order(len(self.geometry.rows), chain)
         groups = [self.geometry.subset(some) for some in rows]
-        return Program(resolved, self.geometry, groups, self.n_steps or 1, self.points, self.selections)
+        gradients = collected(resolved)
+        if gradients:
+            check_gradients(gradients, n_passes=len(groups), generating=self.n_steps is not None)
+        return Program(resolved, self.geometry, groups, self.n_steps or 1, self.points, self.selections, gradients)
 
     def _resolved(self, numbered: Numbered) -> Resolved:
         try:
@@ -84,12 +90,26 @@ class Compiler:
         places = [] if isinstance(op.at, Expression) else self._find(op.at)
         rows = self._rows(selectors)
         steps = self._steps(selectors)
-        sources = [self._source(act) for expression in op.expressions for act in acts(expression)]
-        if not isinstance(op, Save):
-            return Resolved(numbered, places, rows, steps, sources)
-        listed = not isinstance(selectors.steps, int) and (self.n_steps is not None or selectors.steps is not None)
-        fixed = [source.step for source in sources if source.step is not None]
-        if not places and len(fixed) == len(sources) and selectors.steps is None:  # no step at hand: one value
+        found = [leaf for expression in op.expressions for leaf in leaves(expression)]
+        acts: dict[Leaf, Source] = {leaf: self._source(leaf) for leaf in found if isinstance(leaf, Act)}
+        refs: dict[Leaf, Source] = {leaf: self._ref(leaf, steps) for leaf in found if isinstance(leaf, Ref)}
+        grads = {leaf: self._read(leaf).sources[0] for leaf in found if isinstance(leaf, Grad)}
+        resolved = Resolved(
+            numbered, places, rows, steps, list(acts.values()), list(refs.values()), {**acts, **refs}, grads
+        )
+        if isinstance(op, Read):
+            self._name(op.name, resolved)
+        return self._kept(resolved, op) if isinstance(op, Save) else resolved
+
+    def _kept(self, found: Resolved, op: Save) -> Resolved:
+        """A `Save`, with the keys that it saves under."""
+        places, rows, steps = found.places, found.rows, found.steps
+        used = [*found.used, *found.grads.values()]
+        listed = not isinstance(op.selectors.steps, int) and (
+            self.n_steps is not None or op.selectors.steps is not None
+        )
+        fixed = [source.step for source in used if source.step is not None]
+        if not places and len(fixed) == len(used) and op.selectors.steps is None:  # no step at hand: one value
             steps, listed = [max(fixed, default=0)], False
         names = [point.name for _, point in places]
         keys: list[tuple[str, ...]]
@@ -100,8 +120,40 @@ class Compiler:
         else:
             keys = [(op.name,)]
         if not places:
-            rows = sorted({row for source in sources for row in source.rows})
-        return Resolved(numbered, places, rows, steps, sources, keys, listed)
+            rows = sorted({row for source in used for row in source.rows})
+        return replace(found, rows=rows, steps=steps, keys=keys, listed=listed)
+
+    def _name(self, name: str, read: Resolved) -> None:
+        if name in self.reads:
+            raise ExpressionError(
+                "its name is taken",
+                got=f"{name!r}, which {self.reads[name].numbered} has already",
+                expected="a name of its own for every Read",
+                fix="name one of them differently",
+            )
+        self.reads[name] = read
+
+    def _read(self, leaf: Ref | Grad) -> Resolved:
+        if leaf.name not in self.reads:
+            raise ExpressionError(
+                f"{leaf} is of nothing that was read",
+                got=f"the name {leaf.name!r}",
+                expected=f"the name of an earlier Read: {', '.join(map(repr, self.reads)) or 'there is none'}",
+                fix=f"put lk.Read(lk.Act(point), name={leaf.name!r}) before the op",
+            )
+        return self.reads[leaf.name]
+
+    def _ref(self, leaf: Ref, steps: Sequence[int]) -> Source:
+        read = self._read(leaf)
+        [source] = read.sources
+        if source.step is None and not set(steps) <= set(read.steps):
+            raise StepError(
+                f"{leaf} is not read at every step at which it is used",
+                got=f"steps from {steps[0]} to {steps[-1]}, and a Read at {len(read.steps)} steps from {read.steps[0]}",
+                expected="steps at which the Read runs, too",
+                fix="give both the same steps, or read one step (steps=0 on the Act) that all use",
+            )
+        return source
 
     def _find(self, at: Any) -> list[Place]:
         if isinstance(at, str) and at in self.points:
@@ -170,8 +222,8 @@ class Compiler:
         for source in op.sources:
             self._check_axes(source.place[1], source.act.selectors)
         if not op.places:
-            late = max((source.step for source in op.sources if source.step is not None), default=0)
-            if late > op.steps[0] and any(source.step is None for source in op.sources):
+            late = max((source.step for source in op.used if source.step is not None), default=0)
+            if late > op.steps[0] and any(source.step is None for source in op.used):
                 raise DependencyError(
                     "at its first step it would need a later one",
                     got=f"an activation of step {late}, and that of the step at hand from step {op.steps[0]} on",
@@ -179,11 +231,12 @@ class Compiler:
                     fix=f"write steps=slice({late}, None), or give every Act a step",
                 )
             for step in self._classes(op, None):
-                self._shape(op, op.op.expressions[0], step)
+                shapes = [self._shape(op, expression, step) for expression in op.op.expressions]
+            fits(op, shapes)
 
     def _classes(self, op: Resolved, point: HookPoint | None) -> Sequence[int]:
         """The steps that stand for all of the op's."""
-        sources = [source for source in op.sources if source.step is None]
+        sources = [source for source in op.used if source.step is None]
         points = [*([point] if point else []), *(source.place[1] for source in sources)]
         if any("key_pos" in p.axes for p in points):
             return op.steps
@@ -209,7 +262,7 @@ class Compiler:
 
     def _check_value(self, resolved: Resolved, op: Edit, point: HookPoint, selection: Selection, step: int) -> None:
         value = op.value
-        dtype = self._dtype(point)
+        dtype = self.dtype_of(point)
         if not isinstance(value, Tensor | Expression):
             if isinstance(value, float) and not (dtype.is_floating_point or dtype.is_complex):
                 raise _unfit(op, point, f"the number {value}", f"an integer: the activation is {dtype}")
@@ -219,8 +272,11 @@ class Compiler:
                 )
             return
         if isinstance(value, Expression):
-            value = self._shape(resolved, value, step)
-        if not _broadcasts(value.shape, selection.shape):
+            shape = self._shape(resolved, value, step)
+            if shape is None:  # a Python function's: it is checked when it is there
+                return
+            value = shape
+        if not broadcasts(value.shape, selection.shape):
             raise _unfit(
                 op,
                 point,
@@ -237,7 +293,7 @@ class Compiler:
     ) -> None:
         """Row by row, prompts that get others' tokens have as many."""
         targets = selection.lengths
-        for source in resolved.sources:
+        for source in resolved.used:
             if list(source.rows) == list(resolved.rows):
                 continue
             at = step if source.step is None else source.step
@@ -257,31 +313,31 @@ class Compiler:
 
     def _lengths(self, op: Resolved) -> str:
         """The prompts' lengths, where the value comes from other prompts: what is mostly wrong then."""
-        sources = {row for source in op.sources for row in source.rows}
+        sources = {row for source in op.used for row in source.rows}
         if not sources or sources == set(op.rows):
             return ""
         tokens = self.geometry.prompt
         lengths = [f"prompt {row} has {len(tokens.of(row))} tokens" for row in sorted(sources | set(op.rows))[:4]]
         return f" ({', '.join(lengths)})"
 
-    def _shape(self, op: Resolved, expression: Expression, step: int) -> Tensor:
-        def leaf(act: Act) -> Tensor:
-            source = next(source for source in op.sources if source.act is act)
+    def _shape(self, op: Resolved, expression: Expression, step: int) -> Tensor | None:
+        """Of a value, as a meta tensor; None where a Python function has its say."""
+
+        def leaf(node: Leaf) -> Tensor:
+            source = op.grads[node] if isinstance(node, Grad) else op.leaves[node]
             at = step if source.step is None else source.step
             rows, point = source.rows, source.place[1]
-            selection = selected(self.selections, self.geometry, point, act.selectors, at, rows)
-            return torch.empty(selection.shape, dtype=self._dtype(point), device="meta")
+            selection = selected(self.selections, self.geometry, point, source.act.selectors, at, rows)
+            return torch.empty(selection.shape, dtype=self.dtype_of(point), device="meta")
 
-        return leaf(expression) if isinstance(expression, Act) else shape_of(expression, leaf)
+        try:
+            return leaf(expression) if isinstance(expression, Leaf) else shape_of(expression, leaf)
+        except UnknownShape:
+            return None
 
-    def _dtype(self, point: HookPoint) -> torch.dtype:
+    def dtype_of(self, point: HookPoint) -> torch.dtype:
+        """In which an activation is computed."""
         return at_least_float32(self.dtype) if point.statistic else self.dtype
-
-
-def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
-    if len(shape) > len(target):
-        return False
-    return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
 def _missing(numbered: Numbered, missing: MissingIndexError) -> LenskitError:

@@ -11,7 +11,7 @@ from lenskit.interventions.program import Resolved, Source
 
 def needs(op: Resolved) -> Iterator[passes.Need]:
     """Whose activations an op uses, for whose."""
-    for source in op.sources:
+    for source in op.used:
         for place, point in op.places:
             strict = [step for step in op.steps if _later(source, step, place)]
             step = strict[0] if strict else op.steps[0]
@@ -82,6 +82,6 @@ def _uses(op: Resolved) -> Iterator[tuple[int, int, HookPoint]]:
     for step in op.steps:
         for place, point in op.places:
             yield step, place, point
-    for source in op.sources:
+    for source in op.used:
         for step in op.steps if source.step is None else [source.step]:
             yield step, *source.place

@@ -4,7 +4,7 @@ Whoever runs the model asks for each pass (`Execution.passes`) and wraps each of
 Nothing stays attached between steps, so a generation may be left at any moment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lenskit.errors import LenskitError, StepError
 from lenskit.hooks import THREAD, Attachment, HookFunction, HookPoint, attach, detach
-from lenskit.interventions.actions import CHANGES, Action, Stopped, calling, chain, snapshot, stop
-from lenskit.interventions.expressions import Act, Expression, evaluate
+from lenskit.interventions.actions import CHANGES, Action, Stopped, calling, chain, check_fit, snapshot, stop
+from lenskit.interventions.expressions import Expression, Leaf, evaluate, is_python
 from lenskit.interventions.geometry import Geometry
-from lenskit.interventions.ops import Edit, Function, Save, Set
+from lenskit.interventions.gradients import Tape
+from lenskit.interventions.ops import Edit, Function, Read, Save, Set
 from lenskit.interventions.parts import Part, merged
 from lenskit.interventions.program import Place, Program, Resolved, Source, step_class
 from lenskit.interventions.saved import NeverRan, Saved
@@ -101,10 +102,14 @@ class PassRun:
         self._rebuild = True
         self._thread = get_ident()  # that the attachments are for: another one may take the next step
         self._depth = 0  # of the pass under way, among those that functions start within each other
-        self._functions = any(isinstance(op.op, Function) for op in self.program.ops)
+        self._functions = any(
+            isinstance(op.op, Function) or any(map(is_python, op.op.expressions)) for op in self.program.ops
+        )
+        self._applied: dict[Expression, Any] = {}  # what Python functions in expressions returned in this step
+        self._tape = Tape(self.program.gradients) if self.program.gradients else None
         self._boundaries = {0, 1}
         for op in self.program.ops:
-            self._boundaries |= _boundaries(op)
+            self._boundaries |= op.boundaries
         self._parts: dict[Any, Part] = {}
 
     @contextmanager
@@ -118,9 +123,9 @@ class PassRun:
         try:
             attach(attached)
             yield
-            self._compute_saves()
+            self._compute_values()
         except Stopped:
-            self._compute_saves()
+            self._compute_values()
             raise
         except BaseException as error:
             if self.execution.generating or self.execution.multiple:
@@ -129,6 +134,7 @@ class PassRun:
         finally:
             detach(attached)
             self._at_hand.clear()
+            self._applied.clear()
 
     @property
     def data_only(self) -> bool:
@@ -158,7 +164,11 @@ class PassRun:
             for source in op.sources:
                 if (here if source.step is None else step == source.step) and self._some(source.rows):
                     part = self._part(source.place, source.act.selectors, source.rows, step)
-                    actions.setdefault(source.place[1], []).append(self._reading(source, part))
+                    there = actions.setdefault(source.place[1], [])
+                    if self._tape is not None and isinstance(op.op, Read) and source in self._tape.sources:
+                        there.append(self._tape.tracking(source, part))
+                        edited.add(source.place[1])
+                    there.append(self._reading(source, part))
                     columns = _wider(columns, source.place[1], part)
             if here and op.places and self._some(op.rows):
                 for index, place in enumerate(op.places):
@@ -248,10 +258,15 @@ class PassRun:
                 return lambda x: selection.edit(x, lambda old: change(old, constant.to(x.device)))
             return lambda x: selection.edit(x, lambda old: change(old, constant))
 
+        python = is_python(value)
+
         def edit(x: Tensor) -> Tensor:
             if self.active is not None and not any(self.active[row] for row in self._rows_here(resolved.rows)):
                 return x
-            new: Any = part.value(self._value(resolved, value, x))
+            new: Any = self._value(resolved, value, x)
+            if python:
+                check_fit(new, part.full.shape, str(resolved.numbered))
+            new = part.value(new)
             if type(op) is Set and selection.whole:  # what was read is another point's tensor
                 new = new.clone()
             return selection.edit(x, lambda old: change(old, new))
@@ -260,14 +275,23 @@ class PassRun:
 
     # -- expressions
 
-    def _value(self, op: Resolved, expression: Expression, like: Tensor | None) -> Tensor:
-        def leaf(act: Act) -> Tensor:
-            source = next(source for source in op.sources if source.act is act)
-            value = self._read(op, source)
+    def _value(
+        self,
+        op: Resolved,
+        expression: Expression,
+        like: Tensor | None,
+        gradient: Callable[[Leaf], Tensor | None] = lambda _: None,
+    ) -> Any:
+        def leaf(node: Leaf) -> Tensor:
+            value = gradient(node)
+            if value is None:
+                value = self._read(op, op.leaves[node])
             return value if like is None else value.to(like.device)
 
         try:
-            return leaf(expression) if isinstance(expression, Act) else evaluate(expression, leaf, like=like)
+            if isinstance(expression, Leaf):
+                return leaf(expression)
+            return evaluate(expression, leaf, like=like, applied=self._applied)
         except LenskitError as error:
             error.add_note(f"in {op.numbered}")
             raise
@@ -302,16 +326,18 @@ class PassRun:
                 fix="name the steps (steps=slice(0, 3)), or keep rows from ending with eos_token_id=[]",
             )
 
-    def _compute_saves(self) -> None:
-        """Saves of expressions, at the end of the step in which the last of what they read was computed."""
+    def _compute_values(self) -> None:
+        """Saves of expressions, at the end of the step in which the last of what they read was computed; gradients."""
         for op in self.program.ops:
-            if op.places or not isinstance(op.op, Save):
+            if op.places or op.grads or not isinstance(op.op, Save):
                 continue
-            if op.listed or any(source.step is None for source in op.sources):
+            if op.listed or any(source.step is None for source in op.used):
                 if self.step in op.steps and self._is_last(op):
                     self._save_value(op)
-            elif op.keys[0] not in self.execution.saves and all(self._is_there(source) for source in op.sources):
+            elif op.keys[0] not in self.execution.saves and all(self._is_there(source) for source in op.used):
                 self._save_value(op)
+        if self._tape is not None:
+            self._tape.run(self._value, self.execution.saves)
 
     def _is_there(self, source: Source) -> bool:
         """Whether all rows of a source that is of one step have been read."""
@@ -320,9 +346,10 @@ class PassRun:
 
     def _save_value(self, op: Resolved) -> None:
         here = self._rows_here(op.rows)
-        if any(source.step is None for source in op.sources) and not any(self._is_active(row) for row in here):
+        if any(source.step is None for source in op.used) and not any(self._is_active(row) for row in here):
             return
-        value = snapshot(self._value(op, op.op.expressions[0], None))
+        value = self._value(op, op.op.expressions[0], None)
+        value = snapshot(value) if isinstance(value, Tensor) else value  # a Python function may return anything
         self.execution.saves.setdefault(op.keys[0], {})[self.step] = [(None, value)]
 
     def _is_last(self, op: Resolved) -> bool:
@@ -362,13 +389,3 @@ def _token_dims(point: HookPoint, selection: Selection) -> list[int]:
     """The axes of tokens, as numbered once dropped axes are left out."""
     kept = [i for i in range(len(point.axes)) if i not in selection.dropped]
     return [dim for dim, i in enumerate(kept) if point.axes[i] in TOKEN_AXES]
-
-
-def _boundaries(op: Resolved) -> set[int]:
-    """The steps at which what is live of an op changes."""
-    found = {
-        step + more for source in op.sources if source.step is not None for step in [source.step] for more in (0, 1)
-    }
-    if isinstance(op.steps, range) and op.steps.step == 1:
-        return found | {op.steps.start, op.steps.stop}
-    return found | {step + more for step in op.steps for more in (0, 1)}

@@ -1,6 +1,7 @@
 """A program carried out on one forward pass; more than one, where prompts need each other's later activations."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -148,8 +149,9 @@ def forward(
     for run in execution.passes():
         rows = run.geometry.rows
         cache = None if past is None else past.branch(batch, rows)
+        grad = torch.enable_grad() if program.gradients else nullcontext()
         try:
-            with run.at(0), attached(behind):
+            with grad, run.at(0), attached(behind):
                 output = model.decode(
                     *rows_of(batch, run),
                     start_at_layer=start_at_layer,
@@ -208,6 +210,8 @@ def check_one_pass(program: Program, what: str) -> None:
     Raises:
         InputError: prompts need each other's later activations, or there is a `Stop`.
     """
+    if program.gradients:
+        raise _several(what, "hooks with a Backward")
     if any(isinstance(op.op, Stop) for op in program.ops):
         raise _several(what, "hooks with a Stop")
     if len(program.passes) > 1:

@@ -1,8 +1,8 @@
 """Ops: what an intervention does, as data.
 
-`Save` keeps an activation, `Set`, `Add` and `Scale` replace what they select of it, `Stop` ends the forward pass.
-A function of the activation is an op as well, written as a pair (site, function); it is Python, so a plan with one
-cannot become a file.
+`Save` keeps an activation, `Set`, `Add` and `Scale` replace what they select of it, `Stop` ends the forward pass,
+`Read` names an activation for expressions that come later; ops on gradients are in `gradient_ops.py`. A function of the
+activation is an op as well, written as a pair (site, function); it is Python, so a plan with one cannot become a file.
 """
 
 from abc import ABC
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lenskit.errors import HookError, PlanError
 from lenskit.hooks import HookFunction
-from lenskit.interventions.expressions import Expression
+from lenskit.interventions.expressions import Act, Expression
 from lenskit.interventions.selectors import Selector, Selectors
 from lenskit.interventions.sites import Site, describe
 
@@ -51,8 +51,8 @@ class Op(ABC):
         """The expressions that the op computes."""
         return ()
 
-    def with_expression(self, expression: Expression) -> "Op":
-        """The same op with another expression in the place of its own."""
+    def with_expressions(self, expressions: Sequence[Expression]) -> "Op":
+        """The same op with others in the place of its own expressions, as many."""
         raise AssertionError(f"{self!r} has no expression")
 
 
@@ -90,13 +90,8 @@ class Save(Op):
     ) -> None:
         where = f"Save({_at(at)})"
         selectors = Selectors.of(prompts=prompts, tokens=tokens, heads=heads, dims=dims, steps=steps, where=where)
-        if not (name is None or (isinstance(name, str) and name)):
-            raise _refused(
-                where,
-                f"name of type {type(name).__name__}",
-                "a name that is a string, and not empty",
-                "name what you save",
-            )
+        if name is not None:
+            check_name(where, name)
         if isinstance(at, Expression):
             if name is None:
                 raise _refused(
@@ -118,11 +113,50 @@ class Save(Op):
     def expressions(self) -> Sequence[Expression]:
         return (self.at,) if isinstance(self.at, Expression) else ()
 
-    def with_expression(self, expression: Expression) -> Op:
-        return Save(expression, steps=self.selectors.steps, name=self.name)
+    def with_expressions(self, expressions: Sequence[Expression]) -> Op:
+        return Save(*expressions, steps=self.selectors.steps, name=self.name)
 
     def __repr__(self) -> str:
         return f"Save({_at(self.at)}{self.selectors}{'' if self.name is None else f', name={self.name!r}'})"
+
+
+@final
+class Read(Op):
+    """Name an activation as it is at this place in the list: `lk.Ref(name)` stands for it in expressions that come
+    later, whatever is done to the hook point in between.
+
+    Args:
+        act: the activation.
+        name: for `lk.Ref`.
+        steps: at which steps it is read; every step if left out. An Act with a step of its own is read at that one.
+
+    Raises:
+        PlanError: no Act, or no name.
+    """
+
+    __slots__ = ("name",)
+
+    at: Act
+    name: str
+
+    def __init__(self, act: Act, *, name: str, steps: Selector = None) -> None:
+        where = f"Read({act})"
+        if not isinstance(act, Act):
+            raise _refused(where, f"a {type(act).__name__}", "an activation", 'write lk.Read(lk.Act(point), name="x")')
+        check_name(where, name)
+        self._set(at=act, name=name, selectors=Selectors.of(steps=steps, where=where))
+
+    @property
+    def expressions(self) -> Sequence[Expression]:
+        return (self.at,)
+
+    def with_expressions(self, expressions: Sequence[Expression]) -> Op:
+        [act] = expressions
+        assert isinstance(act, Act)
+        return Read(act, name=self.name, steps=self.selectors.steps)
+
+    def __repr__(self) -> str:
+        return f"Read({self.at}, name={self.name!r}{self.selectors})"
 
 
 class Edit(Op):
@@ -144,43 +178,24 @@ class Edit(Op):
         steps: Selector = None,
     ) -> None:
         kind = type(self).__name__
-        where = f"{kind}({_at(at)}, {_value(value)})"
-        if isinstance(value, bool) or not isinstance(value, int | float | Tensor | Expression):
-            raise _refused(
-                where,
-                f"a value of type {type(value).__name__}",
-                "a number, a tensor, or an expression of lk.Act",
-                f"write {kind}(name, 0.0), or a pair (name, function) for what only Python can say",
-            )
-        if isinstance(value, int) and abs(value) >= 2**1023:
-            raise _refused(
-                where, "a whole number that no float reaches", "a number that a float can be", "write math.inf"
-            )
-        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
-            raise _refused(
-                where,
-                f"a {value.layout} tensor on {value.device}",
-                "a dense tensor that holds values",
-                "pass value.to_dense(), or a tensor that is not on the meta device",
-            )
+        where = f"{kind}({_at(at)}, {value_text(value)})"
+        value = checked_value(where, value, f"{kind}(name, 0.0)")
         if isinstance(at, Expression):
             raise _refused(where, "an expression", "a hook point's name", "only Save takes an expression there")
         selectors = Selectors.of(prompts=prompts, tokens=tokens, heads=heads, dims=dims, steps=steps, where=where)
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            value = value.as_subclass(Tensor) if type(value) is not Tensor else value
         self._set(at=at, value=value, selectors=selectors)
 
     @property
     def expressions(self) -> Sequence[Expression]:
         return (self.value,) if isinstance(self.value, Expression) else ()
 
-    def with_expression(self, expression: Expression) -> Op:
-        made = type(self)(self.at, expression)
+    def with_expressions(self, expressions: Sequence[Expression]) -> Op:
+        made = type(self)(self.at, *expressions)
         made._set(selectors=self.selectors)
         return made
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({_at(self.at)}, {_value(self.value)}{self.selectors})"
+        return f"{type(self).__name__}({_at(self.at)}, {value_text(self.value)}{self.selectors})"
 
 
 @final
@@ -294,6 +309,44 @@ def _not_a_hook(where: str, hook: object) -> HookError:
     )
 
 
+def check_name(where: str, name: object) -> None:
+    """See that a name is one.
+
+    Raises:
+        PlanError: it is no text, or empty.
+    """
+    if not (isinstance(name, str) and name):
+        got = "an empty name" if name == "" else f"name of type {type(name).__name__}"
+        raise _refused(where, got, "a name that is a string, and not empty", "name it, and refer to it by that name")
+
+
+def checked_value(where: str, value: object, example: str) -> Value:
+    """What an op may put into an activation.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor | Expression):
+        raise _refused(
+            where,
+            f"a value of type {type(value).__name__}",
+            "a number, a tensor, or an expression of lk.Act",
+            f"write {example}, or a pair (name, function) for what only Python can say",
+        )
+    if isinstance(value, int) and abs(value) >= 2**1023:
+        raise _refused(where, "a whole number that no float reaches", "a number that a float can be", "write math.inf")
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta):
+        raise _refused(
+            where,
+            f"a {value.layout} tensor on {value.device}",
+            "a dense tensor that holds values",
+            "pass value.to_dense(), or a tensor that is not on the meta device",
+        )
+    if isinstance(value, Tensor) and type(value) is not Tensor and not isinstance(value, nn.Parameter):
+        return value.as_subclass(Tensor)
+    return value
+
+
 def _refused(where: str, got: str, expected: str, fix: str) -> PlanError:
     return PlanError(f"{where} is no op", got=got, expected=expected, fix=fix)
 
@@ -309,7 +362,8 @@ def _at(at: Site | Expression) -> str:
     return str(at) if isinstance(at, Expression) else describe(at)
 
 
-def _value(value: object) -> str:
+def value_text(value: object) -> str:
+    """A value as it is shown in messages."""
     if isinstance(value, Tensor):
         return f"tensor{list(value.shape)}"
     return str(value) if isinstance(value, Expression) else repr(value)

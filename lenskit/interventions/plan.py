@@ -120,20 +120,19 @@ class Plan:
 def _bound(numbered: Numbered, model: nn.Module) -> Op:
     """The op with modules in its expressions looked up by name, and checked to be the model's."""
     op = numbered.op
-    for expression in op.expressions:
-        applied = modules(expression)
-        if any(isinstance(module, str) for module in applied):
-            try:
-                return op.with_expression(bind(expression, model.get_submodule))
-            except ExpressionError as error:
-                what = f"{numbered}: {error.what}"
-                raise ExpressionError(what, got=error.got, expected=error.expected, fix=error.fix) from error
-        for module in applied:
-            if not any(module is own for own in model.modules()):
-                raise ExpressionError(
-                    f"{numbered} applies a module of another model",
-                    got=f"a {type(module).__name__} that is no part of the model that runs",
-                    expected="a module of the model that runs, such as model.ln_final",
-                    fix="write the expression with this model, or load the plan from a file, where modules are names",
-                )
+    applied = [module for expression in op.expressions for module in modules(expression)]
+    if any(isinstance(module, str) for module in applied):
+        try:
+            return op.with_expressions([bind(expression, model.get_submodule) for expression in op.expressions])
+        except ExpressionError as error:
+            what = f"{numbered}: {error.what}"
+            raise ExpressionError(what, got=error.got, expected=error.expected, fix=error.fix) from error
+    for module in applied:
+        if not any(module is own for own in model.modules()):
+            raise ExpressionError(
+                f"{numbered} applies a module of another model",
+                got=f"a {type(module).__name__} that is no part of the model that runs",
+                expected="a module of the model that runs, such as model.ln_final",
+                fix="write the expression with this model, or load the plan from a file, where modules are names",
+            )
     return op

@@ -19,13 +19,21 @@ from torch import Tensor, nn
 from lenskit.errors import PlanError, PlanFormatError
 from lenskit.interventions.expressions import Call, Expression, order
 from lenskit.interventions.expressions.as_json import nodes_from_json, nodes_to_json
-from lenskit.interventions.ops import Add, Edit, Numbered, Op, Save, Scale, Set, Stop
+from lenskit.interventions.gradient_ops import Backward, SetGrad
+from lenskit.interventions.ops import Add, Edit, Numbered, Op, Read, Save, Scale, Set, Stop
 from lenskit.interventions.selectors import Selectors
 from lenskit.interventions.sites import Site
 
 FORMAT = "lenskit-plan"
 VERSION = 1
-OPS: dict[str, type[Op]] = {"save": Save, "set": Set, "add": Add, "scale": Scale, "stop": Stop}
+OPS: dict[str, type[Op]] = {
+    "save": Save, "set": Set, "add": Add, "scale": Scale, "stop": Stop, "read": Read, "backward": Backward,
+    "set_grad": SetGrad,
+}  # fmt: skip
+ARGUMENTS: dict[type[Op], list[str]] = {  # what an op is made of, by position
+    Save: ["at"], Stop: ["at"], Read: ["value"], Backward: ["value"], SetGrad: ["grad", "value"],
+    Set: ["at", "value"], Add: ["at", "value"], Scale: ["at", "value"],
+}  # fmt: skip
 NAMES = {kind: name for name, kind in OPS.items()}
 
 
@@ -52,7 +60,7 @@ def tensors(ops: Sequence[Op]) -> dict[str, Tensor]:
             look(list(value.values()))
 
     for op in ops:
-        if isinstance(op, Edit):
+        if isinstance(op, Edit | SetGrad):
             look(op.value)
         for expression in op.expressions:
             for node in order(expression):
@@ -160,13 +168,15 @@ def _op_to_json(numbered: Numbered, roots: Any) -> dict[str, Any]:
     if kind is None:
         raise _not_data(numbered, "a Python function", "write it as an expression of lk.Act, or run it locally")
     written: dict[str, Any] = {"op": kind}
-    if isinstance(op.at, Expression):
+    if isinstance(op, SetGrad):
+        written["grad"] = {"node": next(roots)}
+    elif isinstance(op.at, Expression):
         written["value"] = {"node": next(roots)}
     else:
         written["at"] = _site_to_json(op.at, numbered)
-    if isinstance(op, Edit):
+    if isinstance(op, Edit | SetGrad):
         written["value"] = {"node": next(roots)} if isinstance(op.value, Expression) else _value_to_json(op.value)
-    if isinstance(op, Save) and op.name is not None:
+    if isinstance(op, Save | Read | Backward) and op.name is not None:
         written["name"] = op.name
     selectors = op.selectors.to_json()
     return {**written, **({"selectors": selectors} if selectors else {})}
@@ -190,24 +200,26 @@ def _op_from_json(data: Any, where: str, expressions: Sequence[Expression], tens
     if not isinstance(data, Mapping) or not isinstance(data.get("op"), str) or data["op"] not in OPS:
         raise _no_plan(where, _shown(data), f'an object with "op": one of {", ".join(OPS)}')
     kind = OPS[data["op"]]
-    keys = {"op", "selectors"} | ({"at"} if "at" in data or kind is not Save else set())
-    keys |= {"value"} if issubclass(kind, Edit) or (kind is Save and "at" not in data) else set()
-    keys |= {"name"} if kind is Save else set()
-    _only(data, keys, where)
+    given = ["value"] if kind is Save and "at" not in data else ARGUMENTS[kind]
+    named = {"name"} if kind in (Save, Read, Backward) else set()
+    selected = set() if kind in (Backward, SetGrad) else {"selectors"}
+    _only(data, {"op", *given, *named, *selected}, where)
+    missing = [key for key in given if key not in data] + [key for key in named if key not in data and kind is not Save]
+    if missing:
+        raise _no_plan(where, f"{', '.join(data)}", f"{' and '.join(missing)}: the op has no meaning without")
+    if not issubclass(kind, Edit | SetGrad) and not isinstance(data.get("value", {}), Mapping):
+        raise _no_plan(where, _shown(data["value"]), "a value that is one of the plan's nodes")
     selectors = data.get("selectors", {})
     Selectors.from_json(selectors, where)
-    chosen = {name: _selector(value) for name, value in selectors.items()}
-    if kind is Save and "at" not in data and not isinstance(data.get("value"), Mapping):
-        raise _no_plan(where, _shown(data.get("value")), "a site `at`, or a value that is one of the plan's nodes")
-    at = _site_from_json(data["at"], where) if "at" in keys and "at" in data else None
-    if ("value" in keys and "value" not in data) or ("at" in keys and at is None):
-        raise _no_plan(where, f"{', '.join(data)}", "a site `at`, and a value where the op has one")
-    value = _value_from_json(data["value"], where, expressions, tensors) if "value" in keys else None
+    keywords = {name: _selector(value) for name, value in selectors.items()}
+    if named and "name" in data:
+        keywords["name"] = data["name"]
+    arguments = [
+        _site_from_json(data[key], where) if key == "at" else _value_from_json(data[key], where, expressions, tensors)
+        for key in given
+    ]
     try:
-        if kind is Save:
-            return Save(value if at is None else at, **chosen, name=data.get("name"))  # type: ignore[arg-type]
-        arguments = [at] if kind is Stop else [at, value]
-        return kind(*arguments, **chosen)
+        return kind(*arguments, **keywords)
     except TypeError as error:
         raise _no_plan(where, str(error), "an op's own arguments") from error
     except PlanError as error:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lenskit.hooks import HookPoint
-from lenskit.interventions.expressions import Act
+from lenskit.interventions.expressions import Act, Grad, Leaf
 from lenskit.interventions.geometry import Geometry
 from lenskit.interventions.ops import Numbered, Op
 from lenskit.interventions.selection import Selection, select
@@ -16,7 +16,7 @@ Place = tuple[int, HookPoint]  # a hook point, and where it comes in the forward
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """An activation that an op's expression reads.
+    """An activation that an op reads.
 
     step: at which it is read; None for the step at hand.
     """
@@ -33,6 +33,9 @@ class Resolved:
 
     rows: of the batch, in the order in which they are selected.
     steps: at which it runs, in order.
+    sources: what it reads itself. refs: what it uses of what `Read`s before it have read.
+    leaves: of its expressions, the activations: which source each one is.
+    grads: of its expressions, the gradients: of which `Read`'s activation each one is.
     keys: of a `Save`, by point (or one, of an expression): its path in `saved`.
     listed: of a `Save`: whether it keeps a list, one tensor a step.
     """
@@ -42,12 +45,38 @@ class Resolved:
     rows: Sequence[int]
     steps: Sequence[int]
     sources: Sequence[Source]
+    refs: Sequence[Source] = ()
+    leaves: Mapping[Leaf, Source] = field(default_factory=dict)
+    grads: Mapping[Grad, Source] = field(default_factory=dict)
     keys: Sequence[tuple[str, ...]] = ()
     listed: bool = False
 
     @property
     def op(self) -> Op:
         return self.numbered.op
+
+    @property
+    def used(self) -> Sequence[Source]:
+        """All activations that it uses."""
+        return [*self.sources, *self.refs]
+
+    @property
+    def boundaries(self) -> set[int]:
+        """The steps at which what is live of it changes."""
+        read = [source.step for source in self.sources if source.step is not None]
+        found = {step + more for step in read for more in (0, 1)}
+        if isinstance(self.steps, range) and self.steps.step == 1:
+            return found | {self.steps.start, self.steps.stop}
+        return found | {step + more for step in self.steps for more in (0, 1)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gradients:
+    """A `Backward`, and the ops that look at its gradients or change them."""
+
+    loss: Resolved
+    ops: Sequence[Resolved]
+    sources: Sequence[Source]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +92,7 @@ class Program:
     n_steps: int
     points: Mapping[str, HookPoint]
     selections: dict[Any, Selection] = field(default_factory=dict)
+    gradients: Sequence[Gradients] = ()
 
     def selection(self, place: Place, selectors: Selectors, step: int, rows: Sequence[int]) -> Selection:
         """Of the whole batch, over all the rows that are selected."""

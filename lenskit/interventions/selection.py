@@ -272,7 +272,7 @@ def _unselected(columns: Columns, width: int) -> int:
 
 def _depth(axis: Axis, width: int) -> int:
     columns = axis.per_row if axis.per_row is not None else [axis.columns]
-    return width - min(min(some) for some in columns if some)
+    return width - min(some[0] if isinstance(some, range) else min(some) for some in columns if some)
 
 
 def _whole(new: Any, x: Tensor) -> Tensor:
@@ -295,3 +295,10 @@ def _fitting(new: Any, x: Tensor) -> Any:
         expected=f"{x.dtype}, which the model computes in",
         fix=f"convert the value: value.to({x.dtype})",
     )
+
+
+def broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a value of one shape can fill another."""
+    if len(shape) > len(target):
+        return False
+    return all(size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(target), strict=False))

@@ -23,6 +23,7 @@ from lenskit.modules.linear import Embed, LearnedPositions, Unembed
 from lenskit.modules.mlp import FeedForward
 from lenskit.modules.module import Identity, Module
 from lenskit.modules.norms import Norm
+from lenskit.recording import Recorded
 from lenskit.weights import WeightTable
 
 
@@ -151,7 +152,7 @@ class Block(Module):
         )
 
     def _refuse_hooks_on(self, norm: Norm) -> None:
-        for point in (norm.hook_scale, norm.hook_normalized):
+        for point in (norm.hook_scale, norm.hook_normalized, norm.hook_out):
             if not point.only_read:
                 raise HookConflictError(
                     f"a hook on {point.name!r} would be without effect",
@@ -201,9 +202,15 @@ class Decoder(Module):
         self.hook_logits = HookPoint("batch pos d_vocab", d_vocab=cfg.d_vocab)
         self.hook_points: dict[str, HookPoint] = {}
         for name, module in self.named_modules():
-            if isinstance(module, HookPoint):
+            if isinstance(module, Recorded):
                 module.name = name
+            if isinstance(module, HookPoint):
                 self.hook_points[name] = module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and so where inputs go."""
+        return self.embed.weight.device
 
     def tie(self) -> None:
         """Make the unembedding the embedding's transpose, in models where it is: after either was replaced."""
@@ -278,7 +285,7 @@ class Decoder(Module):
         if run.n_logits is None or run.n_logits >= run.n_tokens:
             return norm(resid)
         first = run.n_tokens - run.n_logits
-        if isinstance(norm, Norm) and norm.hook_scale.attachments is None and norm.hook_normalized.attachments is None:
+        if isinstance(norm, Norm) and norm.unused:
             return norm(resid.narrow(1, first, run.n_logits))
         return norm(resid).narrow(1, first, run.n_logits)  # somebody looks at all positions
 

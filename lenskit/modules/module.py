@@ -19,6 +19,9 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from lenskit.errors import LenskitError
+from lenskit.recording import Recorded
+
 # Whether a call may be more than a call of `forward`, because anybody ever registered one of torch's own hooks on a
 # `Module`, or made a `Symbol`: one look, where torch takes eight a call.
 _calls_need_a_closer_look = False
@@ -53,17 +56,12 @@ class Symbol(ABC):
         """What `module(*args)` gives, where `args[0]` is this symbol."""
 
 
-class Module(nn.Module):
+class Module(Recorded):
     """An `nn.Module` whose submodules are plain attributes and whose call is a plain call.
 
     Submodules stay registered in `_modules` and are found in `__dict__` as well. Forward and backward hooks
     registered through torch still run.
     """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Module):
-            self.__dict__[name] = value
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
@@ -82,7 +80,12 @@ class Module(nn.Module):
             or _global_backward_hooks
             or _global_backward_pre_hooks
         ):
-            return _call(self, args)
+            try:
+                return _call(self, args)
+            except LenskitError as error:
+                if args and isinstance(args[0], Symbol):  # the user's line wrote it: the way from there does not matter
+                    raise error.with_traceback(None) from None
+                raise
         return self.forward(*args)
 
     register_forward_hook = _noticed("register_forward_hook")

@@ -1,7 +1,7 @@
 """Normalisations. Fused unless somebody asked for the scale or the normalised activation.
 
 Statistics are float32 in half precision too: `hook_scale` is float32, `hook_normalized` has the dtype of
-the stream. `hook_normalized * weight (+ bias)` is what the next sublayer reads.
+the stream. `hook_normalized * weight (+ bias)` is what the next sublayer reads, `hook_out`.
 """
 
 from abc import abstractmethod
@@ -27,13 +27,19 @@ class Norm(Module):
         self.weight = empty(d_model)
         self.hook_scale = HookPoint("batch pos 1", statistic=True)
         self.hook_normalized = HookPoint("batch pos d_model", d_model=d_model)
+        self.hook_out = HookPoint("batch pos d_model", on_demand=True, d_model=d_model)
+
+    @property
+    def unused(self) -> bool:
+        """Whether nobody looks at any of its points."""
+        return all(p.attachments is None for p in (self.hook_scale, self.hook_normalized, self.hook_out))
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         if self.hook_scale.attachments is None and self.hook_normalized.attachments is None:
-            return self.fused(x)
+            return self.hook_out(self.fused(x))
         centred = self.centre(x.to(at_least_float32(x.dtype)))
         scale = self.hook_scale((centred.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
-        return self.gain(self.hook_normalized((centred / scale).to(x.dtype)))
+        return self.hook_out(self.gain(self.hook_normalized((centred / scale).to(x.dtype))))
 
     @abstractmethod
     def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:

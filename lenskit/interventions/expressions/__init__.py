@@ -5,7 +5,37 @@ they build a graph of nodes, which is checked before the model runs (`shape_of`)
 and written to files (`as_json.py`).
 """
 
-from lenskit.interventions.expressions.evaluation import acts, bind, evaluate, modules, shape_of
-from lenskit.interventions.expressions.nodes import Act, Call, Expression, ModuleCall, order
+from lenskit.interventions.expressions.activations import Act, Grad, Ref
+from lenskit.interventions.expressions.evaluation import (
+    UnknownShape,
+    bind,
+    evaluate,
+    is_python,
+    leaves,
+    modules,
+    rewritten,
+    shape_of,
+    shape_of_node,
+)
+from lenskit.interventions.expressions.nodes import Applied, Call, Expression, Leaf, ModuleCall, order
 
-__all__ = ["Act", "Call", "Expression", "ModuleCall", "acts", "bind", "evaluate", "modules", "order", "shape_of"]
+__all__ = [
+    "Act",
+    "Applied",
+    "Call",
+    "Expression",
+    "Grad",
+    "Leaf",
+    "ModuleCall",
+    "Ref",
+    "UnknownShape",
+    "bind",
+    "evaluate",
+    "is_python",
+    "leaves",
+    "modules",
+    "order",
+    "rewritten",
+    "shape_of",
+    "shape_of_node",
+]

@@ -3,6 +3,8 @@
     {"act": {"at": "blocks.0.hook_mlp_out", "tokens": -1}}
     {"call": "mul", "args": [{"node": 0}, 0.5], "kwargs": {}}
     {"module": "ln_final", "argument": {"node": 1}}
+    {"ref": "x"}
+    {"grad": "x", "of": "loss"}
 
 What JSON has no word for is an object with one key: {"node": 3}, {"tensor": name}, {"dtype": "float32"},
 {"slice": [1, null, 2]}, {"ellipsis": true}, {"tuple": [...]}, {"float": "nan"} (or "inf", "-inf").
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lenskit.errors import ExpressionError, PlanError, PlanFormatError
+from lenskit.interventions.expressions.activations import Act, Grad, Ref
 from lenskit.interventions.expressions.arguments import DEEPEST
 from lenskit.interventions.expressions.closed_list import DTYPES
-from lenskit.interventions.expressions.nodes import Act, Call, Expression, ModuleCall, order
+from lenskit.interventions.expressions.nodes import Applied, Call, Expression, ModuleCall, order
 from lenskit.interventions.selectors import Selectors
 
 MOST_NODES = 100_000
@@ -63,6 +66,17 @@ def nodes_to_json(
         if isinstance(given, Call):
             kwargs = {key: value(held) for key, held in given.kwargs.items()}
             return {"call": given.function, "args": [value(held) for held in given.args], "kwargs": kwargs}
+        if isinstance(given, Ref):
+            return {"ref": given.name}
+        if isinstance(given, Grad):
+            return {"grad": given.name, "of": given.of}
+        if isinstance(given, Applied):
+            raise PlanFormatError(
+                f"{given} cannot be written as data",
+                got="a Python function",
+                expected="functions of the closed list, which are data",
+                fix="write it with torch's functions, or keep the plan in this process",
+            )
         assert isinstance(given, ModuleCall)
         name = given.module if isinstance(given.module, str) else module_name(given.module)
         return {"module": name, "argument": value(given.argument)}
@@ -162,13 +176,18 @@ def _node(data: Any, reader: _Reader) -> Expression:
             return _call(data["call"], data["args"], data["kwargs"], reader)
         if keys == {"module", "argument"} and type(data["module"]) is str:
             return ModuleCall(data["module"], reader.value(data["argument"]))
+        if keys == {"ref"}:
+            return Ref(data["ref"])
+        if keys == {"grad", "of"}:
+            return Grad(data["grad"], of=data["of"])
     except PlanFormatError:
         raise
     except PlanError as error:
         raise PlanFormatError(
             f"{reader.where}: {error.what}", got=error.got, expected=error.expected, fix=error.fix
         ) from error
-    raise reader.refuse(_shown(data), "an object with the keys act; call, args, kwargs; or module, argument")
+    expected = "an object with the keys act; ref; grad, of; call, args, kwargs; or module, argument"
+    raise reader.refuse(_shown(data), expected)
 
 
 def _act(data: Any, reader: _Reader) -> Act:

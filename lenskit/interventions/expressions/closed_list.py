@@ -130,6 +130,13 @@ def _randn_like(x: Tensor, *, seed: int) -> Tensor:
     return _rand_like(x, seed=seed, draw=torch.randn)
 
 
+def _setitem(x: Tensor, index: Any, value: Any) -> Tensor:
+    """`x` as it is after `x[index] = value`; x itself stays as it was."""
+    new = x.clone()
+    new[index] = value
+    return new
+
+
 RANDOM = {"rand": _rand, "randn": _randn}  # these are told the device
 _RANDOM_LIKE = {"rand_like": _rand_like, "randn_like": _randn_like}
 
@@ -144,7 +151,7 @@ def _list() -> dict[str, Function]:
     entries += [(name, "lk", function) for name, function in (RANDOM | _RANDOM_LIKE).items()]
     entries += [(name, "sign", _operation(by_sign, function)) for name, (_, _, by_sign, function) in SIGNS.items()]
     entries += [("T", "property", lambda x: x.T), ("mT", "property", lambda x: x.mT)]
-    entries += [("getitem", "sign", operator.getitem)]
+    entries += [("getitem", "sign", operator.getitem), ("setitem", "lk", _setitem)]
     return {name: Function(name, run, style, name in _POINTWISE) for name, style, run in sorted(entries)}
 
 
@@ -248,6 +255,12 @@ def _check_getitem(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             raise _bad_call("an index", _said([part]), "lists of ints, or of bools", "write act[torch.tensor(list)]")
 
 
+def _check_setitem(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if len(args) != 3 or kwargs or not isinstance(args[2], Tensor | Symbol | int | float):
+        raise _bad_call(name, _said([*args, *kwargs]), "a tensor, an index, and a value", "write x[index] = value")
+    _check_getitem("an index", args[:2], {})
+
+
 def _check_operation(name: str, args: tuple[Any, ...]) -> None:
     # Python's operators would do other things to strings and lists: "%s" % act, [0] * act.
     if len(args) != (1 if name in ("neg", "bitwise_not") else 2) or not all(
@@ -279,6 +292,7 @@ _RULES: dict[str, Callable[[str, tuple[Any, ...], Mapping[str, Any]], None]] = {
     "to": _check_to,
     "where": _check_where,
     "getitem": _check_getitem,
+    "setitem": _check_setitem,
 }
 
 

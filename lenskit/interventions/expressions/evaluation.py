@@ -10,15 +10,24 @@ from lenskit.errors import ExpressionError
 from lenskit.hooks import hooks_off
 from lenskit.interventions.expressions import shapes
 from lenskit.interventions.expressions.closed_list import FUNCTIONS, RANDOM
-from lenskit.interventions.expressions.nodes import Act, Call, Expression, ModuleCall, order
+from lenskit.interventions.expressions.nodes import Applied, Call, Expression, Leaf, ModuleCall, order
 from lenskit.interventions.expressions.text import shapes_text
 
-Leaf = Callable[[Act], Tensor]
+Values = Callable[[Leaf], Tensor]
 
 
-def acts(expression: Expression) -> list[Act]:
-    """The activations that it is computed from, each once, in order."""
-    return [node for node in order(expression) if isinstance(node, Act)]
+class UnknownShape(Exception):
+    """The shape of what a Python function returns, before it has run."""
+
+
+def leaves(expression: Expression) -> list[Leaf]:
+    """The activations and gradients that it is computed from, each once, in order."""
+    return [node for node in order(expression) if isinstance(node, Leaf)]
+
+
+def is_python(expression: Expression) -> bool:
+    """Whether it calls a Python function."""
+    return any(isinstance(node, Applied) for node in order(expression))
 
 
 def modules(expression: Expression) -> list[nn.Module | str]:
@@ -36,17 +45,33 @@ def bind(expression: Expression, lookup: Callable[[str], nn.Module]) -> Expressi
         ExpressionError: there is no such module (an AttributeError or KeyError of `lookup`), or it takes more than one
             tensor.
     """
-    bound: dict[Expression, Expression] = {}
+    return _rebuilt(expression, lambda leaf: leaf, lookup)
+
+
+def rewritten(expression: Expression, replace: Callable[[Leaf], Expression]) -> Expression:
+    """The expression with others in the place of its leaves; what holds none that changes stays the node that it is."""
+    return _rebuilt(expression, replace, None)
+
+
+def _rebuilt(
+    expression: Expression, replace: Callable[[Leaf], Expression], lookup: Callable[[str], nn.Module] | None
+) -> Expression:
+    made: dict[Expression, Expression] = {}
     for node in order(expression):
-        changed = any(bound[given] is not given for given in node.inputs)
-        if isinstance(node, ModuleCall) and (changed or isinstance(node.module, str)):
-            module = _looked_up(node.module, lookup) if isinstance(node.module, str) else node.module
-            bound[node] = ModuleCall(module, bound[node.argument])
+        changed = any(made[given] is not given for given in node.inputs)
+        named = lookup is not None and isinstance(node, ModuleCall) and isinstance(node.module, str)
+        if isinstance(node, Leaf):
+            made[node] = replace(node)
+        elif isinstance(node, ModuleCall) and (changed or named):
+            module = _looked_up(str(node.module), lookup) if named and lookup else node.module
+            made[node] = ModuleCall(module, made[node.argument])
         elif isinstance(node, Call) and changed:
-            bound[node] = Call(node.function, *_filled(node, bound, None))
+            made[node] = Call(node.function, *_filled(node, made, None))
+        elif isinstance(node, Applied) and changed:
+            made[node] = Applied(node.function, _filled(node, made, None)[0])
         else:
-            bound[node] = node
-    return bound[expression]
+            made[node] = node
+    return made[expression]
 
 
 def _looked_up(name: str, lookup: Callable[[str], nn.Module]) -> nn.Module:
@@ -61,23 +86,35 @@ def _looked_up(name: str, lookup: Callable[[str], nn.Module]) -> nn.Module:
         ) from error
 
 
-def evaluate(expression: Expression, leaf: Leaf, *, like: Tensor | None) -> Tensor:
-    """The value, each node computed once.
+def evaluate(
+    expression: Expression, leaf: Values, *, like: Tensor | None, applied: dict[Expression, Any] | None = None
+) -> Any:
+    """The value, each node computed once: a tensor, or whatever a Python function returned.
 
     Args:
         leaf: the value of an activation.
         like: on whose device everything is computed; None for that of the first activation.
+        applied: what Python functions returned before, which are not called again; it is added to.
 
     Raises:
         ExpressionError: a function failed (the cause is chained), a module is only a name, or the value is no tensor.
     """
-    values: dict[Expression, Any] = {act: leaf(act) for act in acts(expression)}
+    values: dict[Expression, Any] = {node: leaf(node) for node in leaves(expression)}
     device = next((value.device for value in values.values()), torch.device("cpu")) if like is None else like.device
-    values = {act: value if value.device == device else value.to(device) for act, value in values.items()}
-    return _computed(expression, values, device, _result)
+    values = {node: value if value.device == device else value.to(device) for node, value in values.items()}
+    known = {} if applied is None else applied
+
+    def result(node: Expression, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(node, Applied):
+            return _result(node, args, kwargs)  # type: ignore[arg-type]
+        if node not in known:
+            known[node] = node.function(*args)
+        return known[node]
+
+    return _computed(expression, values, device, result)
 
 
-def shape_of(expression: Expression, leaf: Leaf) -> Tensor:
+def shape_of(expression: Expression, leaf: Values) -> Tensor:
     """A meta tensor of the value's shape and dtype; nothing is computed.
 
     Args:
@@ -85,10 +122,17 @@ def shape_of(expression: Expression, leaf: Leaf) -> Tensor:
 
     Raises:
         ExpressionError: a function would fail (the cause is chained), or the shape depends on values.
+        UnknownShape: a Python function has its say.
     """
-    values: dict[Expression, Any] = {act: leaf(act) for act in acts(expression)}
+    values: dict[Expression, Any] = {node: leaf(node) for node in leaves(expression)}
     with torch.no_grad():
         return _computed(expression, values, None, _shape)
+
+
+def shape_of_node(node: Expression, inputs: Mapping[Expression, Any]) -> Any:
+    """`shape_of`, for a node whose inputs' meta tensors are known: one, or two where it gives values and indices."""
+    with torch.no_grad():
+        return _node_value(node, inputs, None, _shape)
 
 
 def _computed(
@@ -96,7 +140,7 @@ def _computed(
     values: dict[Expression, Any],
     device: torch.device | None,
     compute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
-) -> Tensor:
+) -> Any:
     """All nodes in order; `values` has those of the activations, and loses each when its last user has been computed.
 
     device: for constants and random numbers; None for shapes only.
@@ -104,26 +148,39 @@ def _computed(
     nodes = order(expression)
     last_use = {given: node for node in nodes for given in node.inputs}
     for node in nodes:
-        if isinstance(node, Act):
+        if isinstance(node, Leaf):
             continue
-        args, kwargs = _filled(node, values, device)
-        if isinstance(node, Call) and node.function in RANDOM:
-            kwargs["device"] = shapes.META if device is None else device
-        try:
-            value = compute(node, args, kwargs)
-        except (ExpressionError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise _failed(node, args, kwargs, error, shapes_only=device is None) from error
-        if not isinstance(value, Tensor) and not (isinstance(node, Call) and node.pair):
-            raise _no_tensor(node, value)
-        values[node] = value
+        values[node] = _node_value(node, values, device, compute)
         for given in node.inputs:
             if last_use[given] is node:
                 values.pop(given, None)
-    if not isinstance(values[expression], Tensor):
+    if not isinstance(values[expression], Tensor) and not isinstance(expression, Applied):
         raise _no_tensor(expression, values[expression])
     return values[expression]
+
+
+def _node_value(
+    node: Expression,
+    values: Mapping[Expression, Any],
+    device: torch.device | None,
+    compute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+) -> Any:
+    args, kwargs = _filled(node, values, device)
+    if isinstance(node, Call) and node.function in RANDOM:
+        kwargs["device"] = shapes.META if device is None else device
+    try:
+        value = compute(node, args, kwargs)
+    except (ExpressionError, UnknownShape, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if isinstance(node, Applied):  # the user's own
+            error.add_note(f"in {node}")
+            raise
+        raise _failed(node, args, kwargs, error, shapes_only=device is None) from error
+    may_be_more = isinstance(node, Applied) or (isinstance(node, Call) and node.pair)
+    if not isinstance(value, Tensor) and not may_be_more:
+        raise _no_tensor(node, value)
+    return value
 
 
 def _result(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,7 +190,9 @@ def _result(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, An
         return _module(node)(*args)
 
 
-def _shape(node: Call | ModuleCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shape(node: Call | ModuleCall | Applied, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(node, Applied):
+        raise UnknownShape
     if isinstance(node, Call):
         return shapes.applied(FUNCTIONS[node.function], args, kwargs)
     return shapes.through(_module(node), *args)
@@ -154,9 +213,12 @@ def _filled(
     node: Expression, values: Mapping[Expression, Any], device: torch.device | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A node's arguments with values in the place of expressions, and constants on the device, if there is one."""
-    if not isinstance(node, Call):
-        return (values[node.inputs[0]],), {}
+    if isinstance(node, ModuleCall):
+        return (values[node.argument],), {}
+    assert isinstance(node, Call | Applied)
     args = tuple([_fill(arg, values, device) for arg in node.args])
+    if isinstance(node, Applied):
+        return args, {}
     return args, {key: _fill(value, values, device) for key, value in node.kwargs.items()}
 
 

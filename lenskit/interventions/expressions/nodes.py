@@ -1,5 +1,5 @@
-"""What expressions are made of: `Act` (an activation), `Call` (a function of others), `ModuleCall` (the model's own
-module on another), and how operators and torch's functions record them.
+"""What expressions are made of: leaves (`activations.py`), `Call` (a function of others), `ModuleCall` (the model's own
+module on another), `Applied` (a Python function), and how operators and torch's functions record them.
 """
 
 import inspect
@@ -23,8 +23,7 @@ from lenskit.interventions.expressions.closed_list import (
     refusal,
     spelled,
 )
-from lenskit.interventions.expressions.text import Text, call_text, shortened
-from lenskit.interventions.selectors import Selector, Selectors
+from lenskit.interventions.expressions.text import Text, call_text, shortened, value_text
 from lenskit.modules.module import Symbol
 
 # -- operators, and what an expression cannot do
@@ -192,58 +191,6 @@ class Expression(Symbol):
 
 
 @final
-class Act(Expression):
-    """An activation, where its hook point has it: after the ops on that point that come earlier in the list.
-
-    Args:
-        at: a hook point's name, perhaps with a negative layer: "blocks.-1.hook_resid_post".
-        prompts, tokens, heads, dims: which part; an int drops its axis, a slice or list keeps it.
-        steps: of a generation: an int; the step at hand if left out.
-
-    Raises:
-        ExpressionError: `at` is not one name, or `steps` not one step.
-        SelectorError: a selector that is no int, slice or list of ints.
-    """
-
-    __slots__ = ("at", "selectors")
-
-    at: str
-    selectors: Selectors
-
-    def __init__(
-        self,
-        at: str,
-        *,
-        prompts: Selector = None,
-        tokens: Selector = None,
-        heads: Selector = None,
-        dims: Selector = None,
-        steps: int | None = None,
-    ) -> None:
-        if not isinstance(at, str) or not at or any(sign in at for sign in "*?["):
-            raise ExpressionError(
-                "an Act is one activation",
-                got=f"at={at!r}",
-                expected='one hook point\'s name, such as "blocks.3.hook_mlp_out" or "blocks.-1.hook_resid_post"',
-                fix="write an Act for each, and join them with torch.stack or torch.cat",
-            )
-        if not (steps is None or type(steps) is int):
-            raise ExpressionError(
-                f"Act({at!r}) is of one step",
-                got=f"steps={steps!r}",
-                expected="an int, or nothing for the step at hand",
-                fix="write an Act for each step",
-            )
-        selectors = Selectors.of(
-            prompts=prompts, tokens=tokens, heads=heads, dims=dims, steps=steps, where=f"Act({at!r})"
-        )
-        self._set(inputs=(), at=at, selectors=selectors)
-
-    def text(self, known: Callable[[Any], Text | None]) -> Text:
-        return Text(f"Act({self.at!r}{self.selectors})")
-
-
-@final
 class Call(Expression):
     """A function of the closed list (`interventions/torch_functions.py`), applied.
 
@@ -333,6 +280,37 @@ class ModuleCall(Expression):
     def text(self, known: Callable[[Any], Text | None]) -> Text:
         argument = known(self.argument)
         return Text(f"{_name(self.module)}({argument.source if argument else '?'})")
+
+
+@final
+class Applied(Expression):
+    """A Python function of values, called once they are there: what `run.apply` of a trace records. It is no data.
+
+    args: expressions, tensors, plain data. Its shape is not known before it has run.
+    """
+
+    __slots__ = ("args", "function")
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        held = Held(Expression)  # type: ignore[type-abstract]
+        args = tuple([held.hold(arg) for arg in args])
+        for given in held.inputs:
+            if isinstance(given, Call) and given.pair:
+                _check_use_of_pair(given, "a Python function", ())
+        self._set(inputs=tuple(held.inputs), function=function, args=args)
+
+    def text(self, known: Callable[[Any], Text | None]) -> Text:
+        inside = ", ".join(value_text(arg, known).source for arg in self.args)
+        return Text(f"{getattr(self.function, '__qualname__', repr(self.function))}({inside})")
+
+
+class Leaf(Expression):
+    """An expression that is computed from no other."""
+
+    __slots__ = ()
 
 
 def _check_use_of_pair(pair: Call, function: str, args: tuple[Any, ...]) -> None:

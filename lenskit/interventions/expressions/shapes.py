@@ -4,6 +4,7 @@ What cannot be known without values is a `NotImplementedError` here, as it is wh
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ def applied(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         _tried(function, [_small(arg, arg.ndim) for arg in args], {})  # torch's answer does not look at dtypes
     if name == "getitem" and isinstance(args[0], Tensor):
         return _on_meta(args[0])[_index(args[0], args[1])]
+    if name == "setitem":
+        with suppress(NotImplementedError):  # how much a mask selects does not matter for the whole
+            _written(*args)
+        return torch.empty(args[0].shape, dtype=args[0].dtype, device=META)
     if name == "one_hot" and (*args[1:], *kwargs.values(), -1)[0] == -1:
         raise NotImplementedError("the number of classes is that of the values: give num_classes")
     if name == "repeat_interleave" and "output_size" not in kwargs:
@@ -120,6 +125,13 @@ def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 
 # -- indexing
+
+
+def _written(base: Tensor, index: Any, value: Any) -> None:
+    """See that the value fits where it is written."""
+    part = _on_meta(base)[_index(base, index)]
+    if isinstance(value, Tensor) and _broadcast(part.shape, value.shape) != tuple(part.shape):
+        raise RuntimeError(f"{list(value.shape)} does not fit into {list(part.shape)}")
 
 
 def _index(base: Tensor, index: Any) -> Any:

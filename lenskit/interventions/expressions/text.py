@@ -59,6 +59,8 @@ def call_text(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], known
     style = FUNCTIONS[name].style
     if name == "getitem":
         return Text(f"{texts[0].within(_ATOM)}[{_index(args[1], known)}]")
+    if name == "setitem":
+        return Text(f"setitem({texts[0].source}, ({_index(args[1], known)}), {texts[2].source})")
     if style == "property":
         return Text(f"{texts[0].within(_ATOM)}.{name}")
     if style == "sign" and not kwargs:

@@ -1,0 +1,49 @@
+"""Text: what a model with a tokenizer makes of it, and of ids."""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lenskit.errors import InputError
+from lenskit.inputs import Batch, Input, to_batch
+from lenskit.models.base import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextAccess(Decoder):
+    """A decoder that may have a tokenizer.
+
+    source: where the model comes from, for messages.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    source: str
+
+    def to_tokens(self, text: Input) -> Batch:
+        """Ids [batch pos] and mask, as every verb sees them; rows of unequal length are padded on the left."""
+        return to_batch(text, d_vocab=self.cfg.d_vocab, tokenizer=self.tokenizer, device=self.device)
+
+    def to_str_tokens(self, text: Input) -> list[str]:
+        """One prompt's tokens, each as the text that it stands for."""
+        batch = self.to_tokens(text)
+        if len(batch.tokens) != 1:
+            raise InputError(
+                "to_str_tokens takes one prompt",
+                got=f"{len(batch.tokens)} prompts",
+                expected="one",
+                fix="call it for each prompt",
+            )
+        return [self.to_string(token) for token in batch.tokens[0]]
+
+    def to_string(self, tokens: Tensor | list[int] | int) -> str:
+        """The text of one row of ids, special tokens included."""
+        if self.tokenizer is None:
+            raise InputError(
+                "the model has no tokenizer",
+                got=f"tokenizer=None on a model from {self.source}",
+                expected="a Hugging Face tokenizer",
+                fix="set model.tokenizer",
+            )
+        return str(self.tokenizer.decode(tokens))
