@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lenskit import commands
+from lenskit import commands, extraction
 from lenskit import demo as demonstration
 from lenskit.checkpoints import write
 from lenskit.checkpoints.load import describe
@@ -124,6 +124,70 @@ def generate(
         "seed": seed,
     }
     commands.generate(source, prompts or (), plan=plan, save=save or (), out=out, as_json=as_json, options=options)
+
+
+@app.command()
+@told_plainly
+def extract(
+    source: Source,
+    prompts: Annotated[
+        Path, typer.Option(help='JSON lines: texts, {"prompt": text} or {"messages": [...]}; or a .txt file of lines.')
+    ],
+    out: Annotated[Path, typer.Option(help="The folder; the same command goes on with it after a kill.")],
+    at: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A hook point or glob whose states are kept; repeatable. {extraction.LAST} if left out."),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Of which tokens: a number, a slice such as 0:5, or all.")] = "-1",
+    steps: Annotated[str, typer.Option(help="Of which steps; 0 is the prompt, k new token k.")] = "0",
+    system: Annotated[str | None, typer.Option(help="A system message for each prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Take texts as a user's messages, without a system's.")] = False,
+    generation_prompt: Annotated[bool, typer.Option(help="Let the chat template open the answer.")] = True,
+    stacked: Annotated[
+        bool, typer.Option("--stacked", help="All states in one file, at the end, a row a prompt.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Steps at most; a text ends earlier at its end token.")] = 20,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Draw tokens instead of taking the likeliest.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits, with --do-sample.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random numbers; each prompt has its own of it.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; the checkpoint's own if left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the weights go.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="auto: spread them over the devices that there are.")] = None,
+    revision: Revision = None,
+    token: Token = None,
+) -> None:
+    """Continue each prompt of a file alone; keep the texts, and hidden states, in a folder."""
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    job = extraction.Job(
+        source=source,
+        prompts=prompts,
+        out=out,
+        at=at or [extraction.LAST],
+        tokens=tokens,
+        steps=steps,
+        system=system,
+        chat=chat,
+        generation_prompt=generation_prompt,
+        stacked=stacked,
+        options=options,
+        revision=revision,
+        token=token,
+        device=device,
+        device_map=device_map,
+        dtype=dtype,
+    )
+    typer.echo(extraction.extract(job))
 
 
 @app.command()

@@ -26,6 +26,7 @@ EVERY_FILE = pytest.mark.parametrize("module", FILES)
 LAYERS = [
     ["version", "errors"],
     ["extras"],
+    ["recording"],
     ["hooks"],
     ["modules"],
     ["weights"],
@@ -38,10 +39,13 @@ LAYERS = [
     ["interventions"],
     ["choosing", "sampling"],
     ["generation"],
+    ["tracing"],
+    ["text_access"],
     ["transformer"],
     ["analysis"],
     ["viz"],
-    ["demo", "commands"],
+    ["resumable"],
+    ["demo", "commands", "extraction"],
     ["cli"],
     ["", "__main__"],
 ]
