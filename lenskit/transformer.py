@@ -27,7 +27,7 @@ from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
 from lenskit.sampling import CHOICES, default_eos, sampling_from
 from lenskit.text_access import TextAccess
-from lenskit.tracing.steps import checked_steps
+from lenskit.tracing.steps import checked
 from lenskit.tracing.trace import Trace
 
 if TYPE_CHECKING:
@@ -319,19 +319,18 @@ class HookedTransformer(WeightAccess, TextAccess):
             past, options: `generate`'s.
 
         Raises:
-            GenerationError: options, but no max_new_tokens. In the block: TraceError, PlanError, at the line.
+            GenerationError: options that do not fit. In the block: TraceError, PlanError, at the line.
         """
-        n_steps = checked_steps(max_new_tokens, options)
+        n_steps, copies = checked(max_new_tokens, options)
 
         def run(batch: Batch, plan: Plan) -> Result | Generation:
             if n_steps is None:
                 return self.run_with_hooks(batch.tokens, plan, mask=batch.mask, past=past)
-            return self.generate(
-                batch.tokens, hooks=plan, mask=batch.mask, past=past, max_new_tokens=n_steps, **options
-            )
+            given = {**options, "max_new_tokens": n_steps, "num_return_sequences": 1}  # the rows are there already
+            return self.generate(batch.tokens, hooks=plan, mask=batch.mask, past=past, **given)
 
         def read(given: Input) -> Batch:
-            return self._batch(given, None, None, past)
+            return repeated(self._batch(given, None, None, past), copies)
 
         return Trace(self, read=read, run=run, text=self.to_string, n_steps=n_steps, prompt=prompt, past=past)
 

@@ -26,7 +26,6 @@ from lenskit.errors import (
     ExpressionError,
     GenerationError,
     InputError,
-    LenskitError,
     NotSavedError,
     SelectorError,
     StepError,
@@ -379,7 +378,7 @@ def test_each_invoke_begins_at_step_0(shared: lk.HookedTransformer) -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        (lambda run, model: [run.next() for _ in range(3)], StepError, "no"),
+        (lambda run, model: past_the_end(run, model), StepError, "max_new_tokens=3 makes so many"),
         (lambda run, model: run.iter[5:9], StepError, "steps from 0 to 2"),
         (lambda run, model: run.iter[-1], SelectorError, "steps cannot count from the end"),
         (lambda run, model: run.iter["a"], SelectorError, "steps selects nothing"),
@@ -394,6 +393,12 @@ def test_each_invoke_begins_at_step_0(shared: lk.HookedTransformer) -> None:
 def test_steps_that_cannot_be(shared: lk.HookedTransformer, wrong: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message), shared.trace(TOKENS, max_new_tokens=3) as run:
         wrong(run, shared)
+
+
+def past_the_end(run: Any, model: lk.HookedTransformer) -> None:
+    for _ in range(3):
+        run.next()
+    model.blocks[0].output.save()
 
 
 def nested(run: Any) -> None:
@@ -720,7 +725,9 @@ def test_what_was_replaced_cannot_be_written_to(shared: lk.HookedTransformer) ->
         (lambda model: model.blocks[0].output @ torch.zeros(3, 3), ExpressionError, "same reduction dim"),
         (lambda model: model.blocks[0].output[:, 99], SelectorError, "tokens=99"),
         (lambda model: model.blocks[0].output.t[99], SelectorError, "tokens=99"),
-        (lambda model: model.blocks[0].output.svd(), ExpressionError, "svd"),
+        (lambda model: model.blocks[0].output.svd(), ExpressionError, "run.apply"),
+        (lambda model: model.blocks[0].output.sum().backward(), TraceError, "run.backward"),
+        (lambda model: model.blocks[0].output.t(0), TraceError, r"write x\.t\[0\]"),
         (lambda model: torch.linalg.svd(model.blocks[0].output), ExpressionError, "svd"),
         (lambda model: bool(model.blocks[0].output.sum()), TraceError, "torch.where"),
         (lambda model: float(model.blocks[0].output.sum()), TraceError, "run.apply"),
@@ -770,7 +777,9 @@ def test_an_error_at_the_end_names_the_line(shared: lk.HookedTransformer) -> Non
         (lambda model: model.trace([[99999]]), InputError, "99999"),
         (lambda model: model.trace(TOKENS, max_new_tokens=0), GenerationError, "max_new_tokens=0"),
         (lambda model: model.trace(TOKENS, do_sample=True), GenerationError, "do_sample"),
-        (lambda model: model.trace(TOKENS, max_new_tokens=2, temprature=1.0), LenskitError, "temprature"),
+        (lambda model: model.trace(TOKENS, max_new_tokens=2, temprature=1.0), GenerationError, "temprature"),
+        (lambda model: model.trace(TOKENS, remote=True), GenerationError, "no server yet"),
+        (lambda model: model.trace(TOKENS, max_new_tokens=2, num_beams=2), GenerationError, "num_beams"),
     ],
 )
 def test_traces_that_cannot_be(demo_gpt2: lk.HookedTransformer, wrong: Any, error: Any, message: str) -> None:
@@ -871,6 +880,33 @@ def test_on_the_command_line(how: str) -> None:
     command = [sys.executable, how, *([SCRIPT] if how == "-c" else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=True, **given)
     assert done.stdout.strip() == "(1, 128)"
+
+
+def test_several_rows_a_prompt(shared: lk.HookedTransformer) -> None:
+    options = {"max_new_tokens": 4, "do_sample": True, "top_k": 2, "seed": 0}
+    with shared.trace(num_return_sequences=2, **options) as run:
+        with run.invoke(TOKENS):
+            plain = shared.blocks[0].output
+            assert plain.shape[0] == 2
+            plain = plain.save()
+        with run.invoke(TOKENS):
+            shared.blocks[0].output[:] = 0.0
+            none = shared.blocks[0].output.save()
+    assert len(run.tokens) == 4
+    assert plain.value.shape == none.value.shape
+    assert plain.value.any()
+    assert not none.value.any()
+    expected = shared.generate(TOKENS, num_return_sequences=2, **options)
+    with shared.trace(TOKENS, num_return_sequences=2, **options) as run:
+        pass
+    assert [row.tolist() for row in run.tokens] == [row.tolist() for row in expected.tokens]
+
+
+def test_a_model_without_weights(shared: lk.HookedTransformer) -> None:
+    with torch.device("meta"):
+        model = lk.HookedTransformer(shared.cfg, seed=None)
+    with pytest.raises(TraceError, match="the model has no weights"), model.trace(TOKENS):
+        pass
 
 
 def test_past(shared: lk.HookedTransformer) -> None:

@@ -3,12 +3,13 @@ work on it and are written down; its shape and dtype are known at once; its valu
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Never, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from lenskit.errors import TraceError
+from lenskit.errors import ExpressionError, TraceError
 from lenskit.interventions.expressions import Call, Expression
 from lenskit.interventions.ops import Add, Edit, Scale, Set
 from lenskit.models.base import Decoder
@@ -221,7 +222,8 @@ class Proxy(Symbol):
         given, named = found._given(args), {key: found._given(value) for key, value in (kwargs or {}).items()}
         if func in (torch.rand_like, torch.randn_like) and "seed" not in named:
             return found._made(Call(func.__name__, given, {"seed": int(torch.randint(2**62, ()))}))
-        return found._made(Expression.__torch_function__(func, types, given, named))
+        with _in_words_of_traces():
+            return found._made(Expression.__torch_function__(func, types, given, named))
 
     @plainly
     def through(self, module: nn.Module, args: tuple[Any, ...]) -> "Proxy":
@@ -235,7 +237,15 @@ class Proxy(Symbol):
             _refused("a number" if name == "item" else "an array")(self)
         if name in ("cpu", "cuda"):
             return lambda *_, **__: self  # values are where the model computes them; `.value.cpu()` moves them
-        found = getattr(self._node, name)
+        if name == "backward":
+            raise TraceError(
+                "a proxy has no backward()",
+                got=repr(self),
+                expected="a block about its gradients",
+                fix="write with run.backward(loss): and read .grad of activations in there",
+            )
+        with _in_words_of_traces():
+            found = getattr(self._node, name)
         if isinstance(found, Expression):
             return self._made(found)
 
@@ -304,8 +314,27 @@ class Tokens:
             cell.write(self._proxy._given(value))
 
     @plainly
-    def __call__(self) -> Proxy:
+    def __call__(self, *index: object) -> Proxy:
+        if index:
+            raise TraceError(
+                "tokens are chosen with brackets",
+                got=f".t{index!r}".replace(",)", ")"),
+                expected=".t[index]",
+                fix="write x.t[0], x.t[-1] or x.t[2:5]",
+            )
         return self._proxy.mT
+
+
+@contextmanager
+def _in_words_of_traces() -> Iterator[None]:
+    """What an expression refuses is said of hooks; a trace has other ways to run Python."""
+    try:
+        yield
+    except ExpressionError as error:
+        if "hooks=" not in error.fix:
+            raise
+        fix = "compute it in Python, when the values are there: run.apply(function, proxy)"
+        raise ExpressionError(error.what, got=error.got, expected=error.expected, fix=fix) from None
 
 
 def _proxies(value: Any) -> Iterator[Proxy]:

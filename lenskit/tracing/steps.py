@@ -1,28 +1,23 @@
 """Steps: at which of a generation's steps a trace writes down what it is told."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lenskit.errors import GenerationError, StepError
 from lenskit.interventions.selectors import Selector, Selectors, indices
 from lenskit.recording import plainly
+from lenskit.sampling import sampling_from
 from lenskit.tracing.blocks import Block
 from lenskit.tracing.ledger import Ledger, misused
 from lenskit.tracing.scope import Steps
 
 
 def advance(ledger: Ledger) -> None:
-    """Go on to the next step.
-
-    Raises:
-        StepError: there is none.
-    """
-    n = generating(ledger, "next()")
+    """Go on to the next step; what is read or written past the last one is refused there."""
+    generating(ledger, "next()")
     if ledger.steps.series:
         raise misused("next() within all() or iter", "a block about several steps", "one step", "leave the block")
-    step = ledger.steps.classes[0] + 1
-    if step >= n:
-        raise _no_step(f"next() at step {step - 1}", n)
-    ledger.steps = ledger.at(step)
+    ledger.steps = ledger.at(ledger.steps.classes[0] + 1)
 
 
 def every(ledger: Ledger) -> Block:
@@ -95,19 +90,20 @@ def _no_step(got: str, n: int) -> StepError:
     )
 
 
-def checked_steps(max_new_tokens: Any, options: Any) -> int | None:
-    """How many steps a trace has: None for a forward pass.
+def checked(max_new_tokens: Any, options: Mapping[str, Any]) -> tuple[int | None, int]:
+    """How many steps a trace has (None for a forward pass), and how many rows a prompt.
 
     Raises:
-        GenerationError: no number from 1 on, or options of a generation that is none.
+        GenerationError: options that `generate` does not have or take, or options of a generation that is none.
     """
-    if max_new_tokens is None and not options:
-        return None
-    if type(max_new_tokens) is int and max_new_tokens >= 1:
-        return max_new_tokens
-    raise GenerationError(
-        "a trace that generates says how many tokens",
-        got=f"max_new_tokens={max_new_tokens!r}" + (f" and {', '.join(options)}" if options else ""),
-        expected="a number from 1 on; without it, a trace is one forward pass, and has no options",
-        fix="pass max_new_tokens=20",
-    )
+    choices = {name: value for name, value in options.items() if name not in ("streamer", "progress", "return_logits")}
+    config = choices.pop("generation_config", None)
+    _, n_steps, copies = sampling_from({**choices, "max_new_tokens": max_new_tokens}, config)
+    if n_steps is None and options:
+        raise GenerationError(
+            "a trace that generates says how many tokens",
+            got=f"{', '.join(options)}, and no max_new_tokens",
+            expected="both; without max_new_tokens, a trace is one forward pass, and has no options",
+            fix="pass max_new_tokens=20, or leave the options out",
+        )
+    return n_steps, copies

@@ -108,6 +108,10 @@ class Trace:
 
     def _begin(self, prompt: Input, *, alone: bool) -> None:
         """Take up a prompt: its rows come behind those that are there."""
+        if self.model.device.type == "meta":
+            raise misused(
+                "the model has no weights", "a model on the meta device", "one that can run", "load its weights"
+            )
         batch = joined([self._read(prompt)])
         first = sum(len(there.tokens) for there in self._batches)
         rows, width = batch.tokens.shape
@@ -150,11 +154,7 @@ class Trace:
 
     @plainly
     def next(self) -> None:
-        """Go on to the next step of the generation: what follows happens there.
-
-        Raises:
-            StepError: there is none.
-        """
+        """Go on to the next step of the generation: what follows happens there. Past the last step, nothing can."""
         steps.advance(self.ledger)
 
     @plainly
