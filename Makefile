@@ -20,7 +20,7 @@ CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench install python clean again
+.PHONY: help demo test test-slow lint format bench install docs python clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,10 +46,13 @@ format: $(VENV)/.installed ## repair style and formatting, where that can be don
 bench: $(BENCH_VENV)/.installed ## compare speed and memory with transformers and TransformerLens
 	$(BENCH_VENV)/bin/python scripts/benchmark.py $(ARGS)
 
+docs: $(VENV)/.installed-docs ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build $(ARGS)
+
 install: $(VENV)/.installed ## only build the environment
 
 clean: ## remove the environments, caches and build outputs
-	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find lenskit scripts tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # --- environments ---------------------------------------------------------------------------------------
@@ -98,6 +101,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(if $(call ready,$(VENV)),,a
 	@$(call MAKE_VENV,$(VENV))
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@pwd > $@
+
+# What builds the documentation comes into the same environment when it is first asked for: its pages say what lenskit
+# says of itself, so they need it and torch, and the tests do without the rest.
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # TransformerLens and what it brings stay out of the development environment.
 $(BENCH_VENV)/.installed: pyproject.toml constraints.txt constraints-bench.txt $(if $(call ready,$(BENCH_VENV)),,again)

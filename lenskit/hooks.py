@@ -79,9 +79,12 @@ class HookPoint(Recorded):
         on_demand: computed, and cached, only when asked for by name.
         statistic: float32 at least, whatever the dtype of the stream.
         sizes: lengths of the axes that do not depend on the input, e.g. `head=8, d_head=16`.
+
+    place: where it comes in the forward pass, counted from 0; written by the model, as its name is.
     """
 
     attachments: tuple[Attachment, ...] | None
+    place: int = 0
 
     def __init__(
         self,

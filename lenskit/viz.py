@@ -5,7 +5,7 @@ The rows of a picture lie in the order of the forward pass: layer 0 on top. A do
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Float
@@ -105,6 +105,59 @@ def heat_map(
     figure.update_xaxes(title=column_title, **_labels(columns))
     figure.update_yaxes(title=row_title, autorange="reversed", **_labels(rows))
     return figure
+
+
+def heat_maps(
+    tables: "Mapping[str, Float[Tensor, 'row column']]",
+    *,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    row_title: str = "",
+    column_title: str = "",
+    value: str = "value",
+    digits: int = 2,
+    diverging: bool = False,
+    most: float | None = None,
+) -> "Figure":
+    """Tables of one shape side by side, in the same colours for the same numbers.
+
+    Args:
+        tables: by what stands above each.
+        rows, columns, row_title, column_title, value, digits, diverging: as `heat_map`'s.
+        most: the number that gets the darkest colour; the default is that of all tables.
+
+    Raises:
+        InputError: no table; too many labels, or too few, for one of them.
+        MissingExtraError: plotly is not installed.
+    """
+    if not tables:
+        raise InputError(
+            "there is nothing to draw",
+            got="no tables",
+            expected="one or more, by what stands above each",
+            fix='write heat_maps({"one": table, "other": table})',
+        )
+    if most is None:
+        most = max(float(table.detach().nan_to_num().abs().max()) for table in tables.values()) or 1.0
+    figure = load("plotly.subplots", extra="viz").make_subplots(
+        1, len(tables), subplot_titles=[_safe(title) for title in tables], shared_yaxes=True, horizontal_spacing=0.03
+    )
+    for place, table in enumerate(tables.values(), start=1):
+        # Each drawn by itself, then taken over with its labels.
+        one = heat_map(
+            table, rows=rows, columns=columns, row_title=row_title, column_title=column_title, value=value,
+            digits=digits, diverging=diverging, most=most,
+        )  # fmt: skip
+        last = place == len(tables)
+        figure.add_trace(one.data[0].update(showscale=one.data[0].showscale and last), row=1, col=place)
+        for note in one.layout.annotations:
+            figure.add_annotation(note, row=1, col=place)
+        figure.update_xaxes(one.layout.xaxis, row=1, col=place)
+        figure.update_yaxes(one.layout.yaxis if place == 1 else one.layout.yaxis.update(title=None), row=1, col=place)
+    figure.update_annotations(font_size=13, selector={"yref": "paper"})  # what stands above
+    looks = one.layout.to_plotly_json()
+    figure.update_layout({key: looks[key] for key in looks if key not in ("annotations", "xaxis", "yaxis")})
+    return figure.update_layout(height=one.layout.height + 22, margin_t=30)
 
 
 def heads_map(

@@ -27,6 +27,7 @@ from benchmark_memory import imports, loading, long_forward
 from benchmark_models import ABSENT, SPEED_CASES, speed
 from benchmark_report import Row, show, summary, write_docs, write_json
 from benchmark_timing import hook_point
+from benchmark_tracing import tracing
 from rich.console import Console
 
 OUTPUT = Path(__file__).resolve().parent.parent / "build" / "benchmark.json"
@@ -57,6 +58,7 @@ CASES = (
     *(Case(case.name, partial(generation, case), weight=case.weight, quick=case.quick) for case in GENERATION_CASES),
     Case("generation-prefix", shared_prefix, weight=0.8, quick=False),
     Case("planning", planning, weight=0.2),
+    Case("tracing", tracing, weight=0.4),
 )
 
 

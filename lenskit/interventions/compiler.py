@@ -50,7 +50,6 @@ class Compiler:
     geometry: Geometry
     n_steps: int | None
     selections: dict[Any, Selection] = field(default_factory=dict)
-    places: dict[str, int] = field(default_factory=dict)
     reads: dict[str, Resolved] = field(default_factory=dict)
 
     def compile(self, ops: Sequence[Op]) -> Program:
@@ -59,7 +58,6 @@ class Compiler:
         Raises:
             PlanError, HookError: what is wrong with which op.
         """
-        self.places = {name: place for place, name in enumerate(self.points)}
         self.reads = {}
         resolved = [self._resolved(Numbered(index, op)) for index, op in enumerate(ops)]
         check_keys(resolved)
@@ -157,8 +155,8 @@ class Compiler:
 
     def _find(self, at: Any) -> list[Place]:
         if isinstance(at, str) and at in self.points:
-            return [(self.places[at], self.points[at])]
-        return [(self.places[point.name], point) for point in resolve(at, self.points)]
+            return [(self.points[at].place, self.points[at])]
+        return [(point.place, point) for point in resolve(at, self.points)]
 
     def _source(self, act: Act) -> Source:
         found = self._find(act.at)
@@ -250,8 +248,7 @@ class Compiler:
             raise self._no_axis(point, "tokens", "pos", "query_pos")
 
     def _no_axis(self, point: HookPoint, selector: str, *axes: str) -> AxisError:
-        place = self.places[point.name]
-        having = [(abs(self.places[p.name] - place), p.name) for p in self.points.values() if set(axes) & set(p.axes)]
+        having = [(abs(p.place - point.place), p.name) for p in self.points.values() if set(axes) & set(p.axes)]
         nearest = min(having)[1] if having else "no point of this model"
         return AxisError(
             f"hook point {point.name!r} has no axis for {selector}=",

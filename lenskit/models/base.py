@@ -205,6 +205,7 @@ class Decoder(Module):
             if isinstance(module, Recorded):
                 module.name = name
             if isinstance(module, HookPoint):
+                module.place = len(self.hook_points)
                 self.hook_points[name] = module
 
     @property

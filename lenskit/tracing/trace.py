@@ -183,8 +183,8 @@ class Trace:
         if not names or self.ledger.steps.series:
             got = "a block about several steps" if names else "nothing that was saved or written before"
             raise misused("stop() ends the pass after something", got, "one step, and a value", "save, then stop")
-        places = {name: place for place, name in enumerate(self.model.hook_points)}
-        self.ledger.record(Stop(max(names, key=places.__getitem__), steps=self.ledger.steps.selector))
+        last = max(names, key=lambda name: self.model.hook_points[name].place)
+        self.ledger.record(Stop(last, steps=self.ledger.steps.selector))
 
     # -- values
 
