@@ -19,10 +19,10 @@ from lenskit.interventions.expressions import Expression, Leaf, evaluate, is_pyt
 from lenskit.interventions.geometry import Geometry
 from lenskit.interventions.gradients import Tape
 from lenskit.interventions.ops import Edit, Function, Read, Save, Set
-from lenskit.interventions.parts import Part, merged
+from lenskit.interventions.parts import Part, joined, merged, token_dims, wider
 from lenskit.interventions.program import Place, Program, Resolved, Source, step_class
 from lenskit.interventions.saved import NeverRan, Saved
-from lenskit.interventions.selection import TOKEN_AXES, Selection, select
+from lenskit.interventions.selection import select
 from lenskit.interventions.selectors import Selectors
 from lenskit.modules.module import torch_hooks_are_used
 
@@ -60,7 +60,7 @@ class Execution:
         return Saved.of(values, n_layers)
 
     def _collected(self, op: Resolved, steps: dict[int, list[tuple[Part | None, Tensor]]]) -> Any:
-        tensors = [_joined(steps[step]) for step in sorted(steps)]
+        tensors = [joined(steps[step]) for step in sorted(steps)]
         if op.listed:
             return tensors
         return tensors[0] if tensors else NeverRan(op.steps[0], max(self.steps_run[row] for row in op.rows))
@@ -72,14 +72,10 @@ class Execution:
             for key in op.keys:
                 parts = self.saves.get(key, {}).pop(step, None)
                 if parts is not None and len(key) == 1:
-                    values[key[0]] = _joined(parts)
+                    values[key[0]] = joined(parts)
                 elif parts is not None:
-                    values.setdefault(key[0], {})[key[1]] = _joined(parts)
+                    values.setdefault(key[0], {})[key[1]] = joined(parts)
         return Saved.of(values, n_layers)
-
-
-def _joined(parts: Sequence[tuple[Part | None, Tensor]]) -> Tensor:
-    return parts[0][1] if parts[0][0] is None else merged(parts)  # type: ignore[arg-type]
 
 
 class PassRun:
@@ -169,7 +165,7 @@ class PassRun:
                         there.append(self._tape.tracking(source, part))
                         edited.add(source.place[1])
                     there.append(self._reading(source, part))
-                    columns = _wider(columns, source.place[1], part)
+                    columns = wider(columns, source.place[1], part)
             if here and op.places and self._some(op.rows):
                 for index, place in enumerate(op.places):
                     actions.setdefault(place[1], []).append(self._action(op, index, place, step))
@@ -177,7 +173,10 @@ class PassRun:
                         edited.add(place[1])
                     whole = isinstance(op.op, Function)
                     seen = None if whole else self._part(place, op.op.selectors, op.rows, step)
-                    columns = _wider(columns, place[1], seen)
+                    columns = wider(columns, place[1], seen)
+            if here and self._at_once(op):
+                last = max(op.used, key=lambda source: source.place[0])
+                actions.setdefault(last.place[1], []).append(self._computing(op))
         self._thread = get_ident()
         self._attached = [
             (point, Attachment(self._own_pass(chain(some)), "plan" if point in edited else "read", self._thread))
@@ -204,7 +203,7 @@ class PassRun:
             sub = [index for index, row in enumerate(rows) if row in self._local]
             local = [self._local[rows[index]] for index in sub]
             selection = select(place[1], selectors, self.geometry, step, local)
-            dims = _token_dims(place[1], selection)
+            dims = token_dims(place[1], selection)
             self._parts[key] = Part(selection, full, sub, local, dims)
         return self._parts[key]
 
@@ -231,6 +230,27 @@ class PassRun:
             return x
 
         return save
+
+    def _at_once(self, op: Resolved) -> bool:
+        """Whether it saves what is computed of activations at hand: that can be done when the last of them is there, so
+        that no other has to be kept.
+        """
+        if op.places or op.grads or not op.used or self.execution.multiple or not isinstance(op.op, Save):
+            return False
+        return all(source.step is None for source in op.used)
+
+    def _computing(self, op: Resolved) -> Action:
+        def compute(x: Tensor) -> Tensor:
+            self._save_value(op)
+            self._let_go(op)
+            return x
+
+        return compute
+
+    def _let_go(self, op: Resolved) -> None:
+        """What only this op has read is needed no more."""
+        for source in op.sources:
+            self._at_hand.pop(source, None)
 
     def _reading(self, source: Source, part: Part) -> Action:
         later = self.execution.multiple or source.step is not None
@@ -269,6 +289,8 @@ class PassRun:
             new = part.value(new)
             if type(op) is Set and selection.whole:  # what was read is another point's tensor
                 new = new.clone()
+            if len(resolved.places) == 1:
+                self._let_go(resolved)
             return selection.edit(x, lambda old: change(old, new))
 
         return edit
@@ -329,7 +351,7 @@ class PassRun:
     def _compute_values(self) -> None:
         """Saves of expressions, at the end of the step in which the last of what they read was computed; gradients."""
         for op in self.program.ops:
-            if op.places or op.grads or not isinstance(op.op, Save):
+            if op.places or op.grads or not isinstance(op.op, Save) or self._at_once(op):
                 continue
             if op.listed or any(source.step is None for source in op.used):
                 if self.step in op.steps and self._is_last(op):
@@ -376,16 +398,3 @@ class PassRun:
             return value
         shape = [-1] + [1] * (value.dim() - 1)
         return value.masked_fill(~torch.tensor(going, device=value.device).view(shape), 0)
-
-
-def _wider(columns: int | None, point: HookPoint, part: Part | None) -> int | None:
-    """How many positions need logits, given one more reader of a point."""
-    if point.name != "hook_logits" or columns is None:
-        return columns
-    return None if part is None or part.selection.whole else max(columns, part.selection.depth)
-
-
-def _token_dims(point: HookPoint, selection: Selection) -> list[int]:
-    """The axes of tokens, as numbered once dropped axes are left out."""
-    kept = [i for i in range(len(point.axes)) if i not in selection.dropped]
-    return [dim for dim, i in enumerate(kept) if point.axes[i] in TOKEN_AXES]

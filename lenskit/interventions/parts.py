@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lenskit.interventions.selection import Selection
+from lenskit.hooks import HookPoint
+from lenskit.interventions.selection import TOKEN_AXES, Selection
 
 
 class Part:
@@ -50,3 +51,21 @@ def merged(parts: Sequence[tuple[Part, Tensor]]) -> Tensor:
         index: tuple[Any, ...] = (rows, *columns)
         whole[index] = tensor.to(whole.device)
     return whole
+
+
+def joined(parts: Sequence[tuple[Part | None, Tensor]]) -> Tensor:
+    """What a step saved: whole already, or of several passes."""
+    return parts[0][1] if parts[0][0] is None else merged(parts)  # type: ignore[arg-type]
+
+
+def wider(columns: int | None, point: HookPoint, part: Part | None) -> int | None:
+    """How many positions need logits, given one more reader of a point."""
+    if point.name != "hook_logits" or columns is None:
+        return columns
+    return None if part is None or part.selection.whole else max(columns, part.selection.depth)
+
+
+def token_dims(point: HookPoint, selection: Selection) -> list[int]:
+    """The axes of tokens, as numbered once dropped axes are left out."""
+    kept = [i for i in range(len(point.axes)) if i not in selection.dropped]
+    return [dim for dim, i in enumerate(kept) if point.axes[i] in TOKEN_AXES]

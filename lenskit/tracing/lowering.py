@@ -7,11 +7,11 @@ that they are. Where there is one invoke only, its rows are not named, so that t
 import linecache
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lenskit.errors import LenskitError
-from lenskit.interventions.expressions import Act, Expression, Leaf, Ref, leaves, rewritten
+from lenskit.interventions.expressions import Act, Expression, Grad, Leaf, Ref, leaves, rewritten
 from lenskit.interventions.ops import Edit, Op, Read, Save
 
 _OURS = ("lenskit.tracing", "lenskit.recording", "lenskit.modules.module", "torch", "jaxtyping", "beartype")
@@ -75,16 +75,15 @@ def lowered(
         for act in stale[-1]:
             uses.setdefault(act, record)
             names.setdefault(act, new_name(act.at, names.values()))
-    free: Callable[[Act], Act] = _without_prompts if alone else lambda act: act
     ops: list[tuple[Op, Record]] = []
     waiting = sorted(names, key=lambda act: (taken[act].state, act not in tracked))
     for place, record in enumerate(records):
         while waiting and taken[waiting[0]].state <= place:
             act = waiting.pop(0)
             steps = None if act.selectors.steps is not None else taken[act].steps
-            read = Read(free(act), name=names[act], steps=steps)  # type: ignore[arg-type]
+            read = Read(_act(act, alone=alone, step=None), name=names[act], steps=steps)  # type: ignore[arg-type]
             ops.append((read, uses.get(act, record)))
-        ops.append((_lowered(record.op, {act: names[act] for act in stale[place]}, free), record))
+        ops.append((_lowered(record.op, {act: names[act] for act in stale[place]}, alone), record))
     return [op for op, _ in ops], [record for _, record in ops]
 
 
@@ -94,7 +93,9 @@ def new_name(point: str, names: object) -> str:
     return next(name for name in (f"{point}#{n}" for n in range(len(taken) + 1)) if name not in taken)
 
 
-def _lowered(op: Op, names: Mapping[Act, str], free: Callable[[Act], Act]) -> Op:
+def _lowered(op: Op, names: Mapping[Act, str], alone: bool) -> Op:
+    """The op with `Ref`s in the place of acts that have names, and without selectors that say nothing."""
+    step = _own_step(op)
     made: dict[Act, Act] = {}
 
     def leaf(given: Leaf) -> Expression:
@@ -103,31 +104,44 @@ def _lowered(op: Op, names: Mapping[Act, str], free: Callable[[Act], Act]) -> Op
         if given in names:
             return Ref(names[given])
         if given not in made:
-            made[given] = free(given)
+            made[given] = _act(given, alone=alone, step=step)
         return made[given]
 
     if isinstance(op, Save) and isinstance(op.at, Act) and op.at not in names:
-        act, name = free(op.at), op.name
-        s = act.selectors
-        steps = op.selectors.steps if s.steps is None else s.steps
+        s = op.at.selectors
         return Save(
-            act.at, prompts=s.prompts, tokens=s.tokens, heads=s.heads, dims=s.dims, steps=steps,
-            name=None if name == act.at else name,
+            op.at.at, prompts=None if alone else s.prompts, tokens=s.tokens, heads=s.heads, dims=s.dims,
+            steps=op.selectors.steps if s.steps is None else s.steps, name=None if op.name == op.at.at else op.name,
         )  # fmt: skip
     expressions = [rewritten(expression, leaf) for expression in op.expressions]
     if any(new is not old for new, old in zip(expressions, op.expressions, strict=True)):
         op = op.with_expressions(expressions)
-    if isinstance(op, Edit) and op.selectors.prompts is not None and free is _without_prompts:
+    if isinstance(op, Save) and step is not None:
+        return Save(op.at, steps=step, name=op.name)
+    if isinstance(op, Edit) and op.selectors.prompts is not None and alone:
         s = op.selectors
-        op = type(op)(op.at, op.value, tokens=s.tokens, heads=s.heads, dims=s.dims, steps=s.steps)
+        return type(op)(op.at, op.value, tokens=s.tokens, heads=s.heads, dims=s.dims, steps=s.steps)
     return op
 
 
-def _without_prompts(act: Act) -> Act:
+def _own_step(op: Op) -> int | None:
+    """The one step of a generation that it is about: that of all its acts, which then need not name it."""
+    steps = {leaf.selectors.steps for e in op.expressions for leaf in leaves(e) if isinstance(leaf, Act)}
+    step = next(iter(steps)) if len(steps) == 1 else None
+    if not isinstance(step, int) or any(isinstance(leaf, Ref | Grad) for e in op.expressions for leaf in leaves(e)):
+        return None
+    if isinstance(op, Save):
+        return step if op.selectors.steps is None else None
+    return step if isinstance(op, Edit) and op.selectors.steps == step else None
+
+
+def _act(act: Act, *, alone: bool, step: int | None) -> Act:
     s = act.selectors
-    if s.prompts is None:
+    prompts = None if alone else s.prompts
+    steps = None if step is not None else s.steps
+    if (prompts, steps) == (s.prompts, s.steps):
         return act
-    return Act(act.at, tokens=s.tokens, heads=s.heads, dims=s.dims, steps=s.steps)  # type: ignore[arg-type]
+    return Act(act.at, prompts=prompts, tokens=s.tokens, heads=s.heads, dims=s.dims, steps=steps)  # type: ignore[arg-type]
 
 
 def blame(error: LenskitError, records: Sequence[Record]) -> None:
