@@ -201,6 +201,7 @@ class Decoder(Module):
         self.tie()
         self.hook_logits = HookPoint("batch pos d_vocab", d_vocab=cfg.d_vocab)
         self.hook_points: dict[str, HookPoint] = {}
+        self._between: dict[tuple[int | None, int | None], dict[str, HookPoint]] = {}
         for name, module in self.named_modules():
             if isinstance(module, Recorded):
                 module.name = name
@@ -294,6 +295,11 @@ class Decoder(Module):
         """The hook points of a pass from layer `start` to before layer `stop`: all of them where neither is given."""
         if start is None and stop is None:
             return self.hook_points
+        if (start, stop) not in self._between:  # the same mapping each time: plans know their programs by it
+            self._between[start, stop] = self._points_between(start, stop)
+        return self._between[start, stop]
+
+    def _points_between(self, start: int | None, stop: int | None) -> dict[str, HookPoint]:
         blocks = range(self._layer(start, 0), self._layer(stop, len(self.blocks)))
         before, after = start is None, stop is None
         ends = {point.name: before if "embed" in point.name else after for point in self.hook_points.values()}

@@ -125,14 +125,14 @@ class Trace:
             self.ledger.n_steps,
         )
 
-    def invoke(self, prompt: Input) -> Block:
+    def invoke(self, prompt: Input | None = None) -> Block:
         """A `with` block about one more prompt of the batch: what is read and written in it is that prompt's.
 
         Args:
             prompt: what `generate` takes: text, ids, several of them, a tokenizer's encoding.
 
         Raises:
-            TraceError: within another invoke, or in a trace that has its prompt.
+            TraceError: no prompt; within another invoke, or in a trace that has its prompt.
         """
         ledger, outer = self.ledger, self.ledger.steps
 
@@ -141,6 +141,8 @@ class Trace:
             if ledger.prompts is not None:
                 got = "a prompt given to trace" if self._prompt is not None else "an invoke within another"
                 raise misused("this trace has a prompt already", got, "one way to say it", "give it to one of the two")
+            if prompt is None:
+                raise misused("an invoke has no prompt", "invoke()", "a prompt", 'write with run.invoke("text"):')
             self._begin(prompt, alone=False)
             if not outer.series:
                 ledger.steps = ledger.at(0)
