@@ -30,7 +30,7 @@ LAYERS = [
     ["hooks"],
     ["modules"],
     ["weights"],
-    ["models.base", "models.hf_config", "models.weight_access"],
+    ["models.base", "models.hf_config", "models.weight_access", "models.common"],
     ["models"],  # the families
     ["models.registry"],
     ["checkpoints"],
@@ -51,7 +51,7 @@ LAYERS = [
 ]
 FAMILIES = [
     module for module, path in FILES.items()
-    if path.parent.name == "models" and path.stem not in ("__init__", "base", "hf_config", "registry", "weight_access")
+    if path.parent.name == "models" and path.stem not in ("__init__", "base", "hf_config", "registry", "weight_access", "common")
 ]  # fmt: skip
 
 

@@ -4,9 +4,9 @@ A family file says what its parts are and how its block goes from the stream to 
 the same for all of them.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from lenskit.errors import ConfigError, HookConflictError, InputError
 from lenskit.hooks import THREAD, HookPoint
-from lenskit.modules.attention import Attention, HeadInputs
+from lenskit.models.hf_config import HFConfig
+from lenskit.modules.attention import SelfAttention
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import Embed, LearnedPositions, Unembed
 from lenskit.modules.mlp import FeedForward
 from lenskit.modules.module import Identity, Module
 from lenskit.modules.norms import Norm
+from lenskit.modules.qkv import HeadInputs
+from lenskit.modules.rope_types import RopeConfig
 from lenskit.recording import Recorded
 from lenskit.weights import WeightTable
 
@@ -30,6 +33,10 @@ from lenskit.weights import WeightTable
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ABC):
     """What every decoder's config has. A family's subclass adds what is unusual about it.
+
+    `hf_names` says which of Hugging Face's attributes each field is, and is read in both directions; most families
+    write `common_names(...)`. Only what is not one attribute's value goes into `unusual_from_hf` and `unusual_to_hf`.
+    Fields hold numbers, words, tuples of them, and `RopeConfig`s.
 
     d_model: width of the residual stream.      n_layers: number of blocks.
     n_heads: query heads.                       n_key_value_heads: key and value heads, a divisor of n_heads.
@@ -42,6 +49,7 @@ class DecoderConfig(ABC):
     """
 
     model_type: ClassVar[str]
+    hf_names: ClassVar[Mapping[str, str]]
 
     d_model: int
     n_layers: int
@@ -70,38 +78,97 @@ class DecoderConfig(ABC):
             )
 
     @classmethod
-    @abstractmethod
     def from_hf(cls, hf: dict[str, Any]) -> Self:
         """Our config from Hugging Face's, given as a dict with every attribute.
 
         Raises:
             UnsupportedConfigError: an attribute that would change the computation and is not handled.
         """
+        with HFConfig(hf) as read:
+            named = {ours: read(theirs) for ours, theirs in cls.hf_names.items() if ours not in _WITH_DEFAULTS}
+            optional = {ours: read.optional(cls.hf_names[ours]) for ours in _WITH_DEFAULTS if ours in cls.hf_names}
+            given = {ours: value for ours, value in optional.items() if value is not None}
+            values = {**named, **given, **cls.unusual_from_hf(read)}
+        values.setdefault("n_key_value_heads", values["n_heads"])
+        values.setdefault("d_head", values["d_model"] // values["n_heads"])
+        return cls.from_json(values)
 
-    @abstractmethod
     def to_hf(self) -> dict[str, Any]:
-        """Hugging Face's config from ours: the attributes that `from_hf` reads, and the class's name."""
+        """Hugging Face's config from ours: the attributes that `from_hf` reads."""
+        ours = self.to_json()
+        return {theirs: ours[name] for name, theirs in self.hf_names.items()} | self.unusual_to_hf()
+
+    @classmethod
+    def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
+        """Fields that are no attribute of Hugging Face's under another name; what the family refuses or ignores.
+
+        A value here goes before the table's.
+        """
+        return {}
+
+    def unusual_to_hf(self) -> dict[str, Any]:
+        """The attributes that `unusual_from_hf` reads."""
+        return {}
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data."""
-        return asdict(self)
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**data)
+        return cls(**{name: _typed(value, data["n_ctx"]) for name, value in data.items()})
+
+
+# What a config may leave out: as many key-value heads as query heads, whose widths make d_model.
+_WITH_DEFAULTS = ("n_key_value_heads", "d_head")
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON has it."""
+    if isinstance(value, RopeConfig):
+        return value.to_hf()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(value: Any, n_ctx: int) -> Any:
+    """The inverse: a dictionary is a rotary embedding's, a list is a tuple."""
+    if isinstance(value, dict):
+        return RopeConfig.from_hf(value, n_ctx=n_ctx)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Block(Module):
     """One layer: attention and an MLP around the residual stream, whose points are these.
 
+    `hook_attn_out` and `hook_mlp_out` are exactly what is added to the stream: after a norm of the sublayer's output
+    (`ln1_post`, `ln2_post`), after a multiplier. Where both sublayers read the stream that enters the block
+    (`parallel`) there is no `hook_resid_mid`.
+
     `hook_attn_in`, `hook_q_input`, `hook_k_input` and `hook_v_input` are copies of the stream, one a head, before
     the norm; they exist while somebody asks for them. Under grouped-query attention `hook_attn_in` has one copy
     a key-value head, which its group of query heads reads too. An edit of `hook_mlp_in` changes what the MLP
     reads and leaves the stream alone.
+
+    Args:
+        ln1, ln2: norms of what attention and the MLP read. None for ln1: they read the stream itself. None for ln2:
+            the same, or the MLP reads ln1's output (`read_both`).
+        ln1_post, ln2_post: norms of what they give.
+        parallel: whether both read the same stream.
     """
 
-    def __init__(self, cfg: DecoderConfig, *, attn: Attention, mlp: Module, ln1: Module, ln2: Module) -> None:
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        *,
+        attn: SelfAttention,
+        mlp: Module,
+        ln1: Module | None = None,
+        ln2: Module | None = None,
+        ln1_post: Module | None = None,
+        ln2_post: Module | None = None,
+        parallel: bool = False,
+    ) -> None:
         super().__init__()
         groups = cfg.n_key_value_heads
 
@@ -112,15 +179,18 @@ class Block(Module):
             return HookPoint("batch pos head d_model", on_demand=True, head=n, d_model=cfg.d_model)
 
         self.hook_resid_pre = stream()
-        self.ln1 = ln1  # runs before the inputs by head, for those who read its points
+        self.ln1 = ln1 or Identity()  # runs before the inputs by head, for those who read its points
         self.hook_attn_in, self.hook_q_input = per_head(groups), per_head(cfg.n_heads)
         self.hook_k_input, self.hook_v_input = per_head(groups), per_head(groups)
         self.attn = attn
+        self.ln1_post = ln1_post or Identity()
         self.hook_attn_out = stream()
-        self.hook_resid_mid = stream()
+        if not parallel:
+            self.hook_resid_mid = stream()
         self.hook_mlp_in = HookPoint("batch pos d_model", on_demand=True, d_model=cfg.d_model)
-        self.ln2 = ln2
+        self.ln2 = ln2 or Identity()
         self.mlp = mlp
+        self.ln2_post = ln2_post or Identity()
         self.hook_mlp_out = stream()
         self.hook_resid_post = stream()
 
@@ -134,6 +204,17 @@ class Block(Module):
         ):
             return self.ln1(resid)
         return self._read_by_head(resid)
+
+    def read_both(self, resid: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor | HeadInputs, Tensor]:
+        """What attention reads, and what the MLP reads, where both read ln1's output; the MLP's is hooked as usual."""
+        attn_in = self.read(resid)
+        if self.hook_mlp_in.attachments is None and not isinstance(attn_in, HeadInputs):
+            return attn_in, attn_in
+        norm = self.ln1
+        if isinstance(norm, Norm):
+            self._refuse_hooks_on(norm)
+            norm = norm.fused  # type: ignore[assignment]
+        return attn_in, norm(self.hook_mlp_in(resid))
 
     def _read_by_head(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:
         norm = self.ln1
@@ -156,9 +237,9 @@ class Block(Module):
             if not point.only_read:
                 raise HookConflictError(
                     f"a hook on {point.name!r} would be without effect",
-                    got=f"hooks on {point.name!r} and on this block's per-head inputs at once",
-                    expected="one or the other: each head's input is normalised on its own",
-                    fix="edit hook_q_input, hook_k_input or hook_v_input instead of the norm",
+                    got=f"hooks on {point.name!r} and on this block's per-head (or the MLP's own) inputs at once",
+                    expected="one or the other: each of those inputs is normalised on its own",
+                    fix="edit hook_q_input, hook_k_input, hook_v_input or hook_mlp_in instead of the norm",
                 )
 
 
@@ -354,5 +435,5 @@ def init_weights(model: Decoder, seed: int) -> None:
 
 def _writers(block: nn.Module) -> list[nn.Parameter]:
     """The weights through which a block writes to the stream."""
-    written = [module.o.weight for module in block.modules() if isinstance(module, Attention)]
+    written = [module.o.weight for module in block.modules() if isinstance(module, SelfAttention)]
     return written + [module.w_out.weight for module in block.modules() if isinstance(module, FeedForward)]

@@ -39,6 +39,29 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
 }
 
 
+# Our fields and the attributes that they are in most families.
+COMMON_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_key_value_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "d_mlp": "intermediate_size",
+    "d_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "act_fn": "hidden_act",
+    "eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_range": "initializer_range",
+    "rope": "rope_parameters",
+}
+
+
+def common_names(**changes: str | None) -> dict[str, str]:
+    """`COMMON_NAMES` for a family's `hf_names`, with other names and more fields; None for what it does not have."""
+    return {ours: theirs for ours, theirs in {**COMMON_NAMES, **changes}.items() if theirs is not None}
+
+
 class HFConfig:
     """A config's attributes, read one by one; what was left unread when the block ends is checked.
 
@@ -70,6 +93,11 @@ class HFConfig:
             )
         self._seen.add(name)
         return self._hf[name]
+
+    def optional(self, name: str) -> Any:
+        """The attribute's value; None if the config does not have it."""
+        self._seen.add(name)
+        return self._hf.get(name)
 
     def refuse_unless(self, name: str, value: Any, why: str) -> None:
         """Accept the attribute at `value`, None or absent only, because of `why`."""
