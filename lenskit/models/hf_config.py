@@ -26,6 +26,7 @@ HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
 
     n_ctx n_special predict_special_tokens max_sequence_length is_llama_config
+    cache_implementation output_router_logits router_aux_loss_coef router_jitter_noise
     unsloth_fixed unsloth_version transformers.js_config _flash_attn_2_enabled
     """.split()  # noqa: SIM905 (a list of words reads better than a list of quotes)
 )

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenskit.models.base import Block, DecoderConfig, Family, Parts
-from lenskit.models.common import ATTENTION, GATED_MLP, PRE_NORMS, in_layers, table
+from lenskit.models.common import ATTENTION, GATED_MLP, PRE_NORMS, heads, in_layers, table
 from lenskit.models.hf_config import common_names
 from lenskit.modules.attention import Attention
 from lenskit.modules.forward_pass import ForwardPass
@@ -45,13 +45,7 @@ class LlamaBlock(Block):
     """Pre-norm: attention, then the gated MLP, each reading a norm of the stream and adding to it."""
 
     def __init__(self, cfg: LlamaConfig, rotary: Rotary) -> None:
-        qkv = SeparateQKV(
-            cfg.d_model,
-            n_heads=cfg.n_heads,
-            n_key_value_heads=cfg.n_key_value_heads,
-            d_head=cfg.d_head,
-            bias=cfg.attention_bias,
-        )
+        qkv = SeparateQKV(cfg.d_model, **heads(cfg), bias=cfg.attention_bias)
         super().__init__(
             cfg,
             ln1=RMSNorm(cfg.d_model, cfg.eps),
