@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lenskit.checkpoints.load import complete
-from lenskit.models.base import DecoderConfig
+from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
 
 # What most families call the sizes of a small model.
@@ -68,6 +69,11 @@ class Row:
     def length_matters(self) -> bool:
         """Whether a sequence's length changes what its first tokens compute."""
         return self.attributes.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope")
+
+    @property
+    def routed(self) -> bool:
+        """Whether rounding can send a token to another expert."""
+        return any("expert" in name for name in self.hf)
 
     def __str__(self) -> str:
         return f"{self.model_type}-{self.name}"
@@ -192,7 +198,13 @@ def hf_model(folder: Path, *, attention: str = "eager", dtype: torch.dtype = tor
     """Hugging Face's model of a folder. With "eager" it can return attention patterns; some have nothing else."""
     found = AutoModelForCausalLM._model_mapping[type(config := AutoConfig.from_pretrained(folder))]
     attention = attention if found._supports_sdpa else "eager"
+    config._experts_implementation = "eager"  # the loop over experts, which computes in any dtype
     return found.from_pretrained(folder, config=config, attn_implementation=attention, dtype=dtype).eval()
+
+
+def on_disk(hf: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's tensors by the names, and in the shapes, that it writes to disk."""
+    return dict(revert_weight_conversion(hf, tensors))
 
 
 def ids(rows: int, length: int, *, seed: int = 0) -> Tensor:

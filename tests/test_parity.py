@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_table import LENGTH, MODEL_TYPES, ROWS, TINY, Row, error, from_hf, hf_folder, hf_model, ids
+from parity_table import LENGTH, MODEL_TYPES, ROWS, TINY, Row, error, from_hf, hf_folder, hf_model, ids, on_disk
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.core_model_loading import revert_weight_conversion
 
 import lenskit as lk
 from lenskit.checkpoints.load import complete
@@ -77,11 +76,6 @@ def before_mlp(cache: lk.ActivationCache, layer: int) -> Tensor:
 def multiplier(pair: Pair) -> float:
     """What the sublayers' outputs are multiplied by before they are added."""
     return pair.model.cfg.to_json().get("residual_multiplier", 1.0)
-
-
-def on_disk(hf: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors by the names, and in the shapes, that it writes to disk."""
-    return dict(revert_weight_conversion(hf, tensors))
 
 
 # -- the same numbers

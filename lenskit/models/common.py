@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TypedDict
 
 from lenskit.errors import UnsupportedConfigError
-from lenskit.models.base import DecoderConfig
+from lenskit.models.config import DecoderConfig
 from lenskit.weights import Rule, WeightTable, drop, head, rules_of
 
 LAYER = "model.layers.{l}."

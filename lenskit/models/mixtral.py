@@ -12,8 +12,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from lenskit.models.base import Block, DecoderConfig, Family, Parts
+from lenskit.models.base import Block, Family, Parts
 from lenskit.models.common import ATTENTION, LAYER, PRE_NORMS, heads, in_layers, table
+from lenskit.models.config import DecoderConfig
 from lenskit.models.hf_config import common_names
 from lenskit.modules.attention import Attention
 from lenskit.modules.forward_pass import ForwardPass

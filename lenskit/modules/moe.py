@@ -126,7 +126,7 @@ class MixtureOfExperts(Module):
         outputs = []
         flat = x.flatten(0, 1)
         for expert, points, chosen in zip(self.experts, self._points, chunks, strict=True):
-            if any([point.attachments is not None for point in points]):
+            if any(point.attachments is not None for point in points):
                 outputs.append(expert(x).flatten(0, 1)[chosen])
             elif len(chosen):
                 outputs.append(expert(flat[chosen]))

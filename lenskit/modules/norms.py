@@ -36,16 +36,21 @@ class Norm(Module):
         self.shape = (width,)
         self.weight = empty(width)
 
-        def point(last: str, *, statistic: bool = False, on_demand: bool = False, **sizes: int) -> HookPoint:
-            if n_heads is None:
-                return HookPoint(f"batch pos {last}", statistic=statistic, on_demand=on_demand, **sizes)
-            axes, swapped = f"batch pos head {last}", ("pos", "head")
-            return HookPoint(axes, swapped=swapped, statistic=statistic, on_demand=on_demand, head=n_heads, **sizes)
+        def point(last: str, size: int, *, statistic: bool = False, on_demand: bool = False) -> HookPoint:
+            by_head = n_heads is not None
+            point = HookPoint(
+                f"batch pos head {last}" if by_head else f"batch pos {last}",
+                swapped=("pos", "head") if by_head else None,
+                statistic=statistic,
+                on_demand=on_demand,
+            )
+            point.sizes.update({last: size}, **({} if n_heads is None else {"head": n_heads}))
+            return point
 
         axis = axis if n_heads is None else "d_head"
-        self.hook_scale = point("1", statistic=True)
-        self.hook_normalized = point(axis, **{axis: width})
-        self.hook_out = point(axis, on_demand=True, **{axis: width})
+        self.hook_scale = point("1", 1, statistic=True)
+        self.hook_normalized = point(axis, width)
+        self.hook_out = point(axis, width, on_demand=True)
 
     @property
     def unused(self) -> bool:
