@@ -113,7 +113,7 @@ class LayerNorm(Norm):
         return torch.addcmul(self.bias, normalized, self.gains)
 
     @property
-    def gains(self) -> Float[Tensor, " d_model"]:
+    def gains(self) -> Float[Tensor, "*heads d_model"]:
         return torch.ones(self.shape) if self.weight is None else self.weight
 
 
