@@ -34,7 +34,6 @@ from lenskit.tracing.trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 Hooks = Plan | Sequence[Op | Hook]  # what `hooks=` takes
 
 

@@ -102,7 +102,7 @@ class Block(Module):
             return attn_in, attn_in
         norm = self.ln1
         if isinstance(norm, Norm):
-            self._refuse_hooks_on(norm)
+            self._refuse_hooks_on(norm, "hook_mlp_in", "hook_mlp_in")
             norm = norm.fused  # type: ignore[assignment]
         return attn_in, norm(self.hook_mlp_in(resid))
 
@@ -111,7 +111,7 @@ class Block(Module):
         if not any(p.used for p in (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)):
             return norm(resid)  # only another thread's pass asked
         if isinstance(norm, Norm):
-            self._refuse_hooks_on(norm)
+            self._refuse_hooks_on(norm, "per-head inputs", "hook_q_input, hook_k_input or hook_v_input")
             norm(resid)  # for those who read the norm's own points
             norm = norm.fused  # type: ignore[assignment]
         group, groups = self.attn.group, self.hook_attn_in.sizes["head"]
@@ -122,14 +122,14 @@ class Block(Module):
             norm(self.hook_v_input(attn_in)),
         )
 
-    def _refuse_hooks_on(self, norm: Norm) -> None:
+    def _refuse_hooks_on(self, norm: Norm, inputs: str, instead: str) -> None:
         for point in (norm.hook_scale, norm.hook_normalized, norm.hook_out):
             if not point.only_read:
                 raise HookConflictError(
                     f"a hook on {point.name!r} would be without effect",
-                    got=f"hooks on {point.name!r} and on this block's per-head (or the MLP's own) inputs at once",
+                    got=f"hooks on {point.name!r} and on this block's {inputs} at once",
                     expected="one or the other: each of those inputs is normalised on its own",
-                    fix="edit hook_q_input, hook_k_input, hook_v_input or hook_mlp_in instead of the norm",
+                    fix=f"edit {instead} instead of the norm",
                 )
 
 
@@ -313,10 +313,11 @@ def init_weights(model: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     cfg = model.cfg
     into_stream = {id(p) for block in model.blocks for p in _writers(block)}
+    gains = {id(norm.weight): norm.neutral for norm in model.modules() if isinstance(norm, Norm)}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1 or id(parameter) in gains:
+                parameter.fill_(gains.get(id(parameter), 0.0))
             else:
                 scale = (2 * cfg.n_layers) ** -0.5 if id(parameter) in into_stream else 1.0
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

@@ -122,14 +122,13 @@ class MixtureOfExperts(Module):
         order = experts.flatten().argsort(stable=True)  # choices, by their expert
         tokens = order // experts.shape[1]
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
-        chunks = tokens.split(counts)
+        inputs, chosen = x.flatten(0, 1)[tokens].split(counts), tokens.split(counts)
         outputs = []
-        flat = x.flatten(0, 1)
-        for expert, points, chosen in zip(self.experts, self._points, chunks, strict=True):
-            if any(point.attachments is not None for point in points):
-                outputs.append(expert(x).flatten(0, 1)[chosen])
-            elif len(chosen):
-                outputs.append(expert(flat[chosen]))
+        for e, count in enumerate(counts):
+            if any(point.attachments is not None for point in self._points[e]):
+                outputs.append(self.experts[e](x).flatten(0, 1)[chosen[e]])
+            elif count:
+                outputs.append(self.experts[e](inputs[e]))
         grouped = torch.cat(outputs)
         return grouped[order.argsort()].view(*experts.shape, -1)
 

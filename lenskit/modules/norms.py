@@ -8,6 +8,7 @@ Every norm is one of the stream, unless it is told about heads: those of queries
 """
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,7 @@ class Norm(Module):
         axis: the name of the last axis; d_model, or d_head with heads.
     """
 
+    neutral: ClassVar[float] = 1.0  # the weight that changes nothing
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -151,6 +153,8 @@ class RMSNorm(Norm):
 
 class OffsetRMSNorm(RMSNorm):
     """An RMSNorm that stores what its gains have over one: it multiplies by 1 + weight, in float32 at least."""
+
+    neutral: ClassVar[float] = 0.0
 
     def fused(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
