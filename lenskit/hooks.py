@@ -78,6 +78,7 @@ class HookPoint(Recorded):
             on the point still see `axes`.
         on_demand: computed, and cached, only when asked for by name.
         statistic: float32 at least, whatever the dtype of the stream.
+        whole_numbers: int64, and without a gradient.
         sizes: lengths of the axes that do not depend on the input, e.g. `head=8, d_head=16`.
 
     place: where it comes in the forward pass, counted from 0; written by the model, as its name is.
@@ -93,12 +94,13 @@ class HookPoint(Recorded):
         swapped: tuple[str, str] | None = None,
         on_demand: bool = False,
         statistic: bool = False,
+        whole_numbers: bool = False,
         **sizes: int,
     ) -> None:
         super().__init__()
         self.axes = tuple(axes.split())
         self.sizes = {"1": 1, **sizes}
-        self.on_demand, self.statistic = on_demand, statistic
+        self.on_demand, self.statistic, self.whole_numbers = on_demand, statistic, whole_numbers
         self.attachments = None  # None rather than an empty tuple: the cheapest check there is
         self.swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
 

@@ -22,7 +22,8 @@ from lenskit.interventions.plan import Plan
 from lenskit.interventions.program import Program
 from lenskit.interventions.scope import attached, on_points, on_sites
 from lenskit.interventions.sites import Site, resolve
-from lenskit.models.base import DecoderConfig, init_weights
+from lenskit.models.base import init_weights
+from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
 from lenskit.sampling import CHOICES, default_eos, sampling_from
@@ -32,7 +33,6 @@ from lenskit.tracing.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
 
 Hooks = Plan | Sequence[Op | Hook]  # what `hooks=` takes
 

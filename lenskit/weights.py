@@ -5,9 +5,10 @@ other direction it says how to write them. Tables are closed: a tensor on disk t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lenskit.errors import MissingTensorError, UnknownTensorError
@@ -52,9 +53,77 @@ class Drop(Rule):
         return ()
 
 
+@dataclass(frozen=True)
+class Split(Rule):
+    """One tensor whose rows are those of several parameters, in order.
+
+    sizes: rows of each.
+    """
+
+    sizes: tuple[int, ...] = ()
+
+    def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors[0].split(self.sizes)
+
+    def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [torch.cat(list(tensors))]
+
+
+@dataclass(frozen=True)
+class Unstack(Rule):
+    """One tensor [n, ...] that holds n experts' parameters, `parts` of each one below the other.
+
+    Ours are in the order expert 0's parts, expert 1's parts, and so on.
+
+    transpose: where the disk has [n, d_in, d_out].
+    """
+
+    parts: int = 1
+    transpose: bool = False
+
+    def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        stacked = tensors[0].mT if self.transpose else tensors[0]
+        return [part for one in stacked.unbind(0) for part in one.chunk(self.parts)]
+
+    def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        firsts = range(0, len(tensors), self.parts)
+        stacked = torch.stack([torch.cat(list(tensors[first : first + self.parts])) for first in firsts])
+        return [stacked.mT if self.transpose else stacked]
+
+
 def weight(on_disk: str, ours: str, *, transpose: bool = False) -> Weight:
     """The rule for one tensor that becomes one parameter."""
     return Weight((on_disk,), (ours,), transpose)
+
+
+def rules_of(names: Mapping[str, str], *, bias: bool | Container[str] = False, transpose: bool = False) -> list[Rule]:
+    """Rules for modules, named without ".weight" and ".bias", on disk -> ours.
+
+    Args:
+        bias: whether all have a bias, or the names on disk of those that have one.
+        transpose: whether the disk has the weights as [d_in, d_out].
+    """
+    rules: list[Rule] = []
+    for theirs, ours in names.items():
+        rules.append(weight(f"{theirs}.weight", f"{ours}.weight", transpose=transpose))
+        if bias is True or (bias is not False and theirs in bias):
+            rules.append(weight(f"{theirs}.bias", f"{ours}.bias"))
+    return rules
+
+
+def split(on_disk: str, ours: Sequence[str], sizes: Sequence[int]) -> Split:
+    """The rule for one tensor that becomes several parameters, of so many rows each."""
+    return Split((on_disk,), tuple(ours), tuple(sizes))
+
+
+def unstack(on_disk: str, ours: Sequence[str], *, parts: int = 1, transpose: bool = False) -> Unstack:
+    """The rule for the experts of a layer stacked in one tensor: see `Unstack`."""
+    return Unstack((on_disk,), tuple(ours), parts, transpose)
+
+
+def head(tied: bool, on_disk: str = "lm_head.weight") -> Rule:
+    """The rule for the unembedding, which a tied model's checkpoint may hold as a copy of the embedding."""
+    return drop(on_disk) if tied else weight(on_disk, "unembed.weight")
 
 
 def drop(on_disk: str) -> Drop:
@@ -79,11 +148,14 @@ class WeightTable:
         rules: see `Rule`.
         n_layers: how often a rule with `{l}` applies.
         prefix: in front of the names of the model without its head; a checkpoint may leave it out everywhere.
+        others: complete lists of rules for other names or layouts of the same parameters, which are read as well and
+            never written (experts stacked or apart, a renamed head).
     """
 
     rules: tuple[Rule, ...]
     n_layers: int
     prefix: str = ""
+    others: tuple[tuple[Rule, ...], ...] = ()
 
     def placements(self) -> Iterator[Placement]:
         """Every rule at every layer."""
@@ -108,6 +180,10 @@ class WeightTable:
             UnknownTensorError: a tensor has no parameter.
         """
         present = set(names)
+        for rules in self.others:
+            other = replace(self, rules=rules, others=())
+            if not self._fits(present) and other._fits(present):
+                return other.match(present, where)
         bare = not any(name.startswith(self.prefix) for name in present)
         found: list[Placement] = []
         missing: list[str] = []
@@ -135,6 +211,11 @@ class WeightTable:
                 fix="check that config.json belongs to these weights; adapters and quantised weights do not load",
             )
         return found
+
+    def _fits(self, present: Container[str]) -> bool:
+        """Whether every tensor that these rules call for is there."""
+        placed = [name for placement in self.placements() if placement.ours for name in placement.on_disk]
+        return all(name in present for name in placed) or all(n.removeprefix(self.prefix) in present for n in placed)
 
     def to_disk(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its name on disk, from our parameters."""

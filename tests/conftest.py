@@ -39,7 +39,7 @@ install_checks = partial(jaxtyping.install_import_hook, "lenskit", f"{__name__}.
 checks = install_checks()
 
 import torch
-from parity_table import MODEL_TYPES, Row, from_hf, perturb
+from parity_table import WRITTEN_OUT, Row, from_hf, perturb
 from transformers.utils import logging
 
 import lenskit as lk
@@ -66,9 +66,9 @@ def demo_llama() -> lk.HookedTransformer:
     return lk.HookedTransformer.from_pretrained("demo-llama")
 
 
-@pytest.fixture(scope="session", params=MODEL_TYPES)
+@pytest.fixture(scope="session", params=WRITTEN_OUT)
 def model_type(request: pytest.FixtureRequest) -> str:
-    """Each family in turn."""
+    """Two families in turn, which differ in most parts. Parity tests run over all of them."""
     return request.param
 
 
@@ -89,13 +89,13 @@ def tiny() -> Callable[..., lk.HookedTransformer]:
 
 @pytest.fixture(scope="session")
 def shared(model_type: str, tiny: Callable[..., lk.HookedTransformer]) -> lk.HookedTransformer:
-    """A tiny model of each family in turn. Read only: all tests share it."""
+    """A tiny model of each of the two in turn. Read only: all tests share it."""
     return tiny(model_type)
 
 
 @pytest.fixture
 def fresh(model_type: str, tiny: Callable[..., lk.HookedTransformer]) -> lk.HookedTransformer:
-    """A tiny model of each family in turn, of the test's own."""
+    """A tiny model of each of the two in turn, of the test's own."""
     return tiny(model_type)
 
 

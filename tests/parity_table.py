@@ -10,20 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from lenskit.checkpoints.load import complete
-from lenskit.models.base import DecoderConfig
+from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
+
+# What most families call the sizes of a small model.
+COMMON: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 44, "vocab_size": 59, "max_position_embeddings": 40,
+}  # fmt: skip
+WINDOW = 7  # tokens: less than a row has
 
 # Hugging Face's config of a small model, by its `model_type`.
 TINY: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40},
-    "llama": {
-        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 44, "vocab_size": 59, "max_position_embeddings": 40,
+    "gpt_neox": {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 44,
+        "vocab_size": 59, "max_position_embeddings": 40,
+    },
+    "llama": COMMON,
+    "mistral": {**COMMON, "sliding_window": WINDOW},
+    "mixtral": {**COMMON, "num_local_experts": 5, "intermediate_size": 20},
+    "olmo2": COMMON,
+    "qwen2": COMMON,
+    "gemma2": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
     },
 }  # fmt: skip
 MODEL_TYPES = tuple(TINY)
+WRITTEN_OUT = ("gpt2", "llama")  # whose forward passes tests write out once more
 
 LENGTH = 24  # tokens a row: more than the original context of the scaled rope types below
 
@@ -51,6 +69,11 @@ class Row:
     def length_matters(self) -> bool:
         """Whether a sequence's length changes what its first tokens compute."""
         return self.attributes.get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope")
+
+    @property
+    def routed(self) -> bool:
+        """Whether rounding can send a token to another expert."""
+        return any("expert" in name for name in self.hf)
 
     def __str__(self) -> str:
         return f"{self.model_type}-{self.name}"
@@ -122,6 +145,23 @@ ROWS = [
         rope("llama3", factor=8.0, original_max_position_embeddings=ORIGINAL, low_freq_factor=0.1,
              high_freq_factor=1.0), BOTH_SIDES,
     ),
+    Row("default", "mistral"),
+    Row("no window", "mistral", {"sliding_window": None}),
+    Row("wide heads", "mistral", {"head_dim": 14, "num_key_value_heads": 1}),
+    Row("default", "qwen2"),
+    Row("windows", "qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    Row("tied", "qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    Row("default", "gpt_neox"),
+    Row("one after the other", "gpt_neox", {"use_parallel_residual": False}),
+    Row("whole rotation", "gpt_neox", rope("default", partial_rotary_factor=1.0)),
+    Row("no attention bias", "gpt_neox", {"attention_bias": False, "hidden_act": "gelu_new"}),
+    Row("default", "gemma2"),
+    Row("no caps", "gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    Row("full attention, biases", "gemma2", {"layer_types": ["full_attention"] * 3, "attention_bias": True}),
+    Row("default", "olmo2"),
+    Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    Row("default", "mixtral"),
+    Row("one expert a token, window", "mixtral", {"num_experts_per_tok": 1, "sliding_window": WINDOW}),
 ]  # fmt: skip
 
 
@@ -155,9 +195,16 @@ def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:
 
 
 def hf_model(folder: Path, *, attention: str = "eager", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Hugging Face's model of a folder. With "eager" it can return attention patterns."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
-    return model.eval()
+    """Hugging Face's model of a folder. With "eager" it can return attention patterns; some have nothing else."""
+    found = AutoModelForCausalLM._model_mapping[type(config := AutoConfig.from_pretrained(folder))]
+    attention = attention if found._supports_sdpa else "eager"
+    config._experts_implementation = "eager"  # the loop over experts, which computes in any dtype
+    return found.from_pretrained(folder, config=config, attn_implementation=attention, dtype=dtype).eval()
+
+
+def on_disk(hf: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's tensors by the names, and in the shapes, that it writes to disk."""
+    return dict(revert_weight_conversion(hf, tensors))
 
 
 def ids(rows: int, length: int, *, seed: int = 0) -> Tensor:

@@ -26,7 +26,7 @@ from lenskit.errors import (
     UnsupportedConfigError,
     UnsupportedModelError,
 )
-from lenskit.models.base import DecoderConfig
+from lenskit.models.config import DecoderConfig
 from lenskit.models.gpt2 import GPT2Config
 from lenskit.models.hf_config import HARMLESS, NEUTRAL, HFConfig
 from lenskit.models.llama import LlamaConfig
@@ -188,7 +188,7 @@ def test_no_model_type(folder: Path, model_type: Any) -> None:
 
 def test_an_unsupported_model_type(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="mamba")
-    told(UnsupportedModelError, folder, str(folder), "'mamba'", "gpt2, llama", "lenskit/models/")
+    told(UnsupportedModelError, folder, str(folder), "'mamba'", "gpt2, gpt_neox, llama", "lenskit/models/")
 
 
 @pytest.mark.parametrize(

@@ -18,23 +18,25 @@ def noise(logits: Tensor, exact: Tensor) -> float:
     return float((logits.double() - exact.double()).pow(2).mean().sqrt())
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=str)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hf_folder(request.param, tmp_path_factory.mktemp("hf"))
+def usual_noise(logits: Tensor, exact: Tensor) -> float:
+    """The median of the difference: where rounding sends a token to another expert, the others are dwarfed."""
+    return float((logits.double() - exact.double()).abs().median())
 
 
 @HALVES
+@pytest.mark.parametrize("row", ROWS, ids=str)
 @torch.no_grad()
-def test_half_precision_is_as_near_as_hugging_faces(folder: Path, dtype: torch.dtype) -> None:
+def test_half_precision_is_as_near_as_hugging_faces(row: Row, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, off = hf_folder(row, tmp_path), usual_noise if row.routed else noise
     exact, theirs = hf_model(folder), hf_model(folder, dtype=dtype)
     ours = lk.HookedTransformer.from_pretrained(folder, dtype=dtype)
     assert {parameter.dtype for parameter in ours.parameters()} == {dtype}
     tokens = ids(8, LENGTH)
     want, logits = exact(tokens).logits, ours(tokens)
     assert logits.dtype == dtype
-    assert noise(logits, want) <= 1.3 * noise(theirs(tokens).logits, want)
+    assert off(logits, want) <= 1.3 * off(theirs(tokens).logits, want)
     explicit, _ = ours.run_with_cache(tokens)
-    assert noise(explicit, want) <= 1.3 * noise(theirs(tokens).logits, want)
+    assert off(explicit, want) <= 1.3 * off(theirs(tokens).logits, want)
 
 
 @HALVES

@@ -40,9 +40,9 @@ from lenskit.interventions.expressions.as_json import nodes_from_json, nodes_to_
 from lenskit.interventions.expressions.closed_list import FUNCTIONS, METHODS
 from lenskit.interventions.expressions.random_numbers import rand, rand_like, randn, randn_like
 from lenskit.interventions.scope import attached, on_points
-from lenskit.modules.attention import FusedQKV
 from lenskit.modules.linear import AbsentBias, Linear
 from lenskit.modules.module import Identity, Module, Symbol
+from lenskit.modules.qkv import FusedQKV
 
 # -- activations by name, as tensors and as expressions
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from parity_table import MODEL_TYPES, Row, hf_folder, hf_model
+from parity_table import WRITTEN_OUT, Row, hf_folder, hf_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +33,7 @@ class Pair:
         return list(hf_reference.points(self.theirs))
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=WRITTEN_OUT)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder: Path = hf_folder(Row("reference", request.param), tmp_path_factory.mktemp("hf"))
     ours = lk.HookedTransformer.from_pretrained(folder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_table import MODEL_TYPES, error, ids
+from parity_table import WRITTEN_OUT, error, ids
 from torch import Tensor, nn
 
 import lenskit as lk
@@ -38,10 +38,10 @@ OUTSIDE = [
 ]  # fmt: skip
 NAMES = [*OUTSIDE, *(f"blocks.1.{name}" for name in IN_A_BLOCK)]
 ABSENT = {"gpt2": ("rot_q", "rot_k", "pre_linear"), "llama": ("pos_embed",)}
-NAMES_OF = {model_type: [name for name in NAMES if not name.endswith(ABSENT[model_type])] for model_type in MODEL_TYPES}
+NAMES_OF = {model_type: [name for name in NAMES if not name.endswith(ABSENT[model_type])] for model_type in WRITTEN_OUT}
 EVERY_POINT = pytest.mark.parametrize(
     ("model_type", "name"),
-    [(model_type, name) for model_type in MODEL_TYPES for name in NAMES_OF[model_type]],
+    [(model_type, name) for model_type in WRITTEN_OUT for name in NAMES_OF[model_type]],
     indirect=["model_type"],
 )
 

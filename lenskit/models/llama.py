@@ -4,23 +4,27 @@ What is unusual next to GPT-2: positions enter by rotating queries and keys; nor
 the MLP is gated; keys and values may have fewer heads than queries; the unembedding is mostly its own matrix.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from lenskit.models.base import Block, DecoderConfig, Family, Parts
-from lenskit.models.hf_config import HFConfig
-from lenskit.modules.attention import Attention, SeparateQKV
+from lenskit.models.base import Block, Family, Parts
+from lenskit.models.common import ATTENTION, GATED_MLP, PRE_NORMS, heads, in_layers, table
+from lenskit.models.config import DecoderConfig
+from lenskit.models.hf_config import common_names
+from lenskit.modules.attention import Attention
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Embed, Unembed
 from lenskit.modules.mlp import GatedMLP
 from lenskit.modules.module import Identity
 from lenskit.modules.norms import RMSNorm
+from lenskit.modules.qkv import SeparateQKV
 from lenskit.modules.rope_types import RopeConfig
 from lenskit.modules.rotary import Rotary
-from lenskit.weights import WeightTable, drop, weight
+from lenskit.weights import WeightTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class LlamaConfig(DecoderConfig):
     """rope: the rotary embedding and its scaling; attention_bias, mlp_bias: on all their projections."""
 
     model_type: ClassVar[str] = "llama"
+    hf_names: ClassVar[Mapping[str, str]] = common_names(attention_bias="attention_bias", mlp_bias="mlp_bias")
 
     act_fn: str = "silu"
     eps: float = 1e-6
@@ -36,66 +41,12 @@ class LlamaConfig(DecoderConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
 
-    @classmethod
-    def from_hf(cls, hf: dict[str, Any]) -> Self:
-        with HFConfig(hf) as read:
-            n_ctx = read("max_position_embeddings")
-            return cls(
-                d_model=read("hidden_size"),
-                n_layers=read("num_hidden_layers"),
-                n_heads=read("num_attention_heads"),
-                n_key_value_heads=read("num_key_value_heads"),
-                d_head=read("head_dim"),
-                d_mlp=read("intermediate_size"),
-                d_vocab=read("vocab_size"),
-                n_ctx=n_ctx,
-                act_fn=read("hidden_act"),
-                eps=read("rms_norm_eps"),
-                tie_embeddings=read("tie_word_embeddings"),
-                init_range=read("initializer_range"),
-                rope=RopeConfig.from_hf(read("rope_parameters"), n_ctx=n_ctx),
-                attention_bias=read("attention_bias"),
-                mlp_bias=read("mlp_bias"),
-            )
-
-    def to_hf(self) -> dict[str, Any]:
-        return {
-            "hidden_size": self.d_model,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_key_value_heads,
-            "head_dim": self.d_head,
-            "intermediate_size": self.d_mlp,
-            "vocab_size": self.d_vocab,
-            "max_position_embeddings": self.n_ctx,
-            "hidden_act": self.act_fn,
-            "rms_norm_eps": self.eps,
-            "tie_word_embeddings": self.tie_embeddings,
-            "initializer_range": self.init_range,
-            "rope_parameters": self.rope.to_hf(),
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(**{**data, "rope": RopeConfig.from_hf(data["rope"], n_ctx=data["n_ctx"])})
-
-    def to_json(self) -> dict[str, Any]:
-        return {**super().to_json(), "rope": self.rope.to_hf()}
-
 
 class LlamaBlock(Block):
     """Pre-norm: attention, then the gated MLP, each reading a norm of the stream and adding to it."""
 
     def __init__(self, cfg: LlamaConfig, rotary: Rotary) -> None:
-        qkv = SeparateQKV(
-            cfg.d_model,
-            n_heads=cfg.n_heads,
-            n_key_value_heads=cfg.n_key_value_heads,
-            d_head=cfg.d_head,
-            bias=cfg.attention_bias,
-        )
+        qkv = SeparateQKV(cfg.d_model, **heads(cfg), bias=cfg.attention_bias)
         super().__init__(
             cfg,
             ln1=RMSNorm(cfg.d_model, cfg.eps),
@@ -125,25 +76,12 @@ def parts(cfg: LlamaConfig) -> Parts:
 
 def weights(cfg: LlamaConfig) -> WeightTable:
     """Biases of attention (attention_bias: all four) and MLP (mlp_bias: all three) come with their matrices."""
-    names = {
-        "self_attn.q_proj": "attn.qkv.q",
-        "self_attn.k_proj": "attn.qkv.k",
-        "self_attn.v_proj": "attn.qkv.v",
-        "self_attn.o_proj": "attn.o",
-        "mlp.gate_proj": "mlp.w_gate",
-        "mlp.up_proj": "mlp.w_in",
-        "mlp.down_proj": "mlp.w_out",
-        "input_layernorm": "ln1",
-        "post_attention_layernorm": "ln2",
-    }
-    biased = ["self_attn."] * cfg.attention_bias + ["mlp."] * cfg.mlp_bias
-    rules = [weight("model.embed_tokens.weight", "embed.weight"), weight("model.norm.weight", "ln_final.weight")]
-    for theirs, ours in names.items():
-        kinds = ["weight", "bias"] if theirs.startswith(tuple(biased)) else ["weight"]
-        rules += [weight(f"model.layers.{{l}}.{theirs}.{kind}", f"blocks.{{l}}.{ours}.{kind}") for kind in kinds]
-    head = drop("lm_head.weight") if cfg.tie_embeddings else weight("lm_head.weight", "unembed.weight")
-    inv_freq = drop("model.layers.{l}.self_attn.rotary_emb.inv_freq")  # recomputed from the config
-    return WeightTable((*rules, head, inv_freq), cfg.n_layers, prefix="model.")
+    rules = [
+        *in_layers(ATTENTION, bias=cfg.attention_bias),
+        *in_layers(GATED_MLP, bias=cfg.mlp_bias),
+        *in_layers(PRE_NORMS),
+    ]
+    return table(cfg, rules)
 
 
 FAMILY = Family(LlamaConfig, parts, weights, hf_class="LlamaForCausalLM")

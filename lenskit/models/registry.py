@@ -7,8 +7,14 @@ from lenskit.models.base import Family
 
 # Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
 MODULES = {
+    "gemma2": "lenskit.models.gemma2",
     "gpt2": "lenskit.models.gpt2",
+    "gpt_neox": "lenskit.models.gpt_neox",
     "llama": "lenskit.models.llama",
+    "mistral": "lenskit.models.mistral",
+    "mixtral": "lenskit.models.mixtral",
+    "olmo2": "lenskit.models.olmo2",
+    "qwen2": "lenskit.models.qwen2",
 }
 
 

@@ -1,6 +1,6 @@
 """`ForwardPass`: what all blocks share while one batch goes through them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -56,6 +56,7 @@ class ForwardPass:
         self._biases: dict[tuple[torch.dtype, int | None], Tensor] = {}
         self._elsewhere: dict[torch.device, ForwardPass] = {}
         self._tables: dict[tuple[int, torch.dtype], tuple[Tensor, ...]] = {}
+        self._computed: dict[Hashable, Tensor] = {}
 
     def _positions(self, device: torch.device) -> Int[Tensor, "rows pos"]:
         """Each row counts its own tokens from 0 on; padding has the number of the token before it."""
@@ -104,6 +105,19 @@ class ForwardPass:
         lengths = (self.positions[:, -1] + 1).tolist()
         rows = [rotary.tables(p[None], n, dtype) for p, n in zip(self.positions, lengths, strict=True)]
         return tuple(torch.cat(tables) for tables in zip(*rows, strict=True))
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, computed when the first layer asks under this key."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
+
+    def key_positions(self, window: int | None = None) -> Int[Tensor, "rows key_pos"]:
+        """Where in its row each key is that `KVCache.extend` returns; padding has the number of the token before it."""
+        first, own = first_seen(self.n_past, window) if self.cache is not None else 0, self._own_keys()
+        if own is None:
+            return torch.arange(first, self.n_keys, device=self.positions.device).unsqueeze(0)
+        return (own.cumsum(1) - 1).clamp(min=0)[:, first:]
 
     def visible(self, window: int | None = None) -> Bool[Tensor, "rows 1 query_pos key_pos"]:
         """True where a query may attend to a key: not ahead of it, within the window, and no padding.

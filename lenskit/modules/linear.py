@@ -53,6 +53,35 @@ class Embed(Module):
         return f"{self.weight.shape[0]} tokens -> {self.weight.shape[1]}"
 
 
+class ScaledEmbed(Embed):
+    """Token embedding times `multiplier`, rounded to the weights' dtype first. `W_E` is what is stored, unscaled."""
+
+    def __init__(self, d_vocab: int, d_model: int, *, multiplier: float) -> None:
+        super().__init__(d_vocab, d_model)
+        self.multiplier = multiplier
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        return F.embedding(tokens, weight) * torch.tensor(self.multiplier, dtype=weight.dtype)
+
+
+class TransformedEmbed(Embed):
+    """Token embedding with something behind it, a norm or a projection; `hook_embed` is what comes out of that.
+
+    Args:
+        d_embed: width of the stored vectors.
+        then: what they go through. It is `embed.then`; a norm's points are `embed.then.hook_scale` and so on.
+    """
+
+    def __init__(self, d_vocab: int, d_embed: int, *, then: Module) -> None:
+        super().__init__(d_vocab, d_embed)
+        self.then = then
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        embedded: Tensor = self.then(F.embedding(tokens, self._parameters["weight"]))  # type: ignore[arg-type]
+        return embedded
+
+
 class LearnedPositions(Module):
     """Adds a learned vector for each position; `W_pos` [n_ctx, d_model] is a view of the stored weight."""
 
@@ -88,6 +117,23 @@ class LearnedPositions(Module):
         return f"{self.weight.shape[0]} positions"
 
 
+class OffsetPositions(LearnedPositions):
+    """Learned positions whose table begins with `offset` rows that no token reads: position p is row p + offset."""
+
+    def __init__(self, n_ctx: int, d_model: int, *, offset: int) -> None:
+        super().__init__(n_ctx + offset, d_model)
+        self.offset = offset
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "rows pos"], n_keys: int
+    ) -> Float[Tensor, "batch pos d_model"]:
+        return super().forward(resid, positions + self.offset, n_keys + self.offset)
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        return self.weight[self.offset :]
+
+
 class Unembed(Linear):
     """From the stream to logits; `W_U` [d_model, d_vocab] and `b_U` [d_vocab] are views of the stored weights."""
 
@@ -98,6 +144,42 @@ class Unembed(Linear):
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         return bias_view(self.bias, self.weight.shape[0], like=self.weight)
+
+
+class SoftCap(Module):
+    """cap * tanh(x / cap): keeps numbers within (-cap, cap), and small ones as they are."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / self.cap) * self.cap
+
+    def extra_repr(self) -> str:
+        return str(self.cap)
+
+
+class ScaledUnembed(Unembed):
+    """Logits times `multiplier`. `W_U` and `b_U` are what is stored, unscaled."""
+
+    def __init__(self, d_model: int, d_vocab: int, *, bias: bool, multiplier: float) -> None:
+        super().__init__(d_model, d_vocab, bias=bias)
+        self.multiplier = multiplier
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        return super().forward(x) * self.multiplier
+
+
+class CappedUnembed(Unembed):
+    """Logits under a soft cap: cap * tanh(logits / cap)."""
+
+    def __init__(self, d_model: int, d_vocab: int, *, bias: bool, cap: float) -> None:
+        super().__init__(d_model, d_vocab, bias=bias)
+        self.cap = SoftCap(cap)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        return self.cap(super().forward(x))
 
 
 class AbsentBias(Tensor):

@@ -99,7 +99,7 @@ class MLP(FeedForward):
         super().__init__(d_model, d_mlp, act_fn=act_fn, bias=bias)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.w_out(self.hook_post(self.act(self.hook_pre(self.w_in(x)))))
 
 
@@ -116,7 +116,7 @@ class GatedMLP(FeedForward):
         self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         gate = self.act(self.hook_pre(self.w_gate(x)))
         return self.w_out(self.hook_post(gate * self.hook_pre_linear(self.w_in(x))))
 
