@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_table import ids
+from parity_table import MODEL_TYPES, Row, from_hf, ids, perturb
 from torch import Tensor, nn
 
 import lenskit as lk
@@ -34,6 +34,7 @@ from lenskit.errors import (
     WithoutEffectError,
 )
 from lenskit.modules.linear import Linear
+from lenskit.modules.module import Identity
 
 CLOSE = 1e-5
 LENGTH = 8
@@ -169,29 +170,38 @@ def test_a_block_does_what_its_lines_would_do_to_tensors(
 
 
 def ends(model: lk.HookedTransformer) -> dict[str, nn.Module]:
-    block = {f"blocks.1.{name}": getattr(model.blocks[1], name) for name in ("ln1", "attn", "ln2", "mlp")}
-    return {"blocks.1": model.blocks[1], **block, "ln_final": model.ln_final, "unembed": model.unembed}
+    """The modules that have an input and an output, in one block and around the blocks."""
+    names = ["blocks.1", *(f"blocks.1.{name}" for name in ("ln1", "attn", "ln2", "mlp")), "ln_final", "unembed"]
+    found = {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in found.items() if not isinstance(module, Identity)}
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.no_grad()
-def test_ends_of_modules_are_what_they_are_given_and_give(fresh: lk.HookedTransformer) -> None:
+def test_ends_of_modules_are_what_they_are_given_and_give(model_type: str) -> None:
+    model = lk.HookedTransformer(from_hf(Row("default", model_type)))
+    perturb(model, 0)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
-    for name, module in ends(fresh).items():
+    for name, module in ends(model).items():
         handles.append(module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)})))
-    fresh(TOKENS)
+    model(TOKENS)
     for handle in handles:
         handle.remove()
-    with fresh.trace(TOKENS) as run:
-        saved = {name: (module.input.save(), module.output.save()) for name, module in ends(fresh).items()}
-        ids_in = (fresh.input, fresh.embed.input)
-        whole = (fresh.embed.output.save(), fresh.output.save())
+    with model.trace(TOKENS) as run:
+        saved = {name: (module.input.save(), module.output.save()) for name, module in ends(model).items()}
+        ids_in = (model.input, model.embed.input)
+        whole = (model.embed.output.save(), model.output.save())
+    post = {
+        f"blocks.1.{part}": getattr(model.blocks[1], norm) for part, norm in (("attn", "ln1_post"), ("mlp", "ln2_post"))
+    }
     for name, (taken, gave) in saved.items():
         assert close(taken.value, seen[name][0]), f"{name}.input"
-        assert close(gave.value, seen[name][1]), f"{name}.output"
+        then = post.get(name, Identity())  # what is added to the stream is what a norm makes of the output
+        assert close(gave.value, then(seen[name][1])), f"{name}.output"
     assert all(torch.equal(each, TOKENS) for each in ids_in)
     assert torch.equal(whole[1].value, run.output.logits)
-    assert torch.equal(whole[0].value, fresh.embed(TOKENS))
+    assert torch.equal(whole[0].value, model.embed(TOKENS))
 
 
 @torch.no_grad()
