@@ -34,6 +34,10 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {**COMMON, "sliding_window": WINDOW},
     "mixtral": {**COMMON, "num_local_experts": 5, "intermediate_size": 20},
     "olmo2": COMMON,
+    "opt": {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 44, "vocab_size": 59,
+        "max_position_embeddings": 40,
+    },
     "qwen2": COMMON,
     "gemma2": {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14,
@@ -160,6 +164,12 @@ ROWS = [
     Row("full attention, biases", "gemma2", {"layer_types": ["full_attention"] * 3, "attention_bias": True}),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    Row("default", "opt"),
+    Row("as 350m", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    Row("post-norm", "opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
+    Row("narrow embedding, untied", "opt", {"word_embed_proj_dim": 20, "tie_word_embeddings": False}),
+    Row("no final norm", "opt", {"_remove_final_layer_norm": True}),
+    Row("no biases, no gains", "opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     Row("default", "mixtral"),
     Row("one expert a token, window", "mixtral", {"num_experts_per_tok": 1, "sliding_window": WINDOW}),
 ]  # fmt: skip

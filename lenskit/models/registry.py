@@ -14,6 +14,7 @@ MODULES = {
     "mistral": "lenskit.models.mistral",
     "mixtral": "lenskit.models.mixtral",
     "olmo2": "lenskit.models.olmo2",
+    "opt": "lenskit.models.opt",
     "qwen2": "lenskit.models.qwen2",
 }
 
