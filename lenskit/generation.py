@@ -312,7 +312,7 @@ def checked_length(model: Decoder, batch: Batch, past: Past | None, n_steps: int
             fix="pass max_new_tokens=20; a row ends earlier at an end-of-sequence token",
         )
     longest = _longest(batch.tokens, batch.mask) + (0 if past is None else _longest(past.tokens, past.mask))
-    n_ctx = model.pos_embed.weight.shape[0] if isinstance(model.pos_embed, LearnedPositions) else None
+    n_ctx = model.pos_embed.W_pos.shape[0] if isinstance(model.pos_embed, LearnedPositions) else None
     if n_ctx is not None and longest + n_steps - 1 > n_ctx:
         raise GenerationError(
             "the generation would be longer than the model's context",

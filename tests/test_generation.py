@@ -76,10 +76,16 @@ def test_greedy_ends_where_hugging_faces_does(demo: tuple[lk.HookedTransformer, 
     assert found.steps_run == [len(found.new_tokens[0])]
 
 
+# What the families call it, in which a position is a row of a table.
+N_POSITIONS = {"gpt2": "n_positions", "gptj": "n_positions", "opt": "max_position_embeddings"}
+
+
 def longer(row: Row) -> Row:
-    """The variant, with as many learned positions as the test takes."""
-    learned = row.model_type == "gpt2" and row.name != "full context"
-    return replace(row, attributes={**row.attributes, "n_positions": 96}) if learned else row
+    """The variant, with as many positions as the test takes."""
+    name = N_POSITIONS.get(row.model_type)
+    if name is None or row.name == "full context":
+        return row
+    return replace(row, attributes={**row.attributes, name: 96})
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -44,6 +44,8 @@ class Block(Module):
         ln1, ln2: norms of what attention and the MLP read. None for ln1: they read the stream itself. None for ln2:
             the same, or the MLP reads ln1's output (`read_both`).
         ln1_post, ln2_post: norms of what they give.
+        ln1_sum, ln2_sum: norms of the stream itself, after that was added: `hook_resid_mid` and `hook_resid_post` are
+            what comes out of them, as is what the next sublayer reads.
         parallel: whether both read the same stream.
     """
 
@@ -57,6 +59,8 @@ class Block(Module):
         ln2: Module | None = None,
         ln1_post: Module | None = None,
         ln2_post: Module | None = None,
+        ln1_sum: Module | None = None,
+        ln2_sum: Module | None = None,
         parallel: bool = False,
     ) -> None:
         super().__init__()
@@ -75,6 +79,8 @@ class Block(Module):
         self.attn = attn
         self.ln1_post = ln1_post or Identity()
         self.hook_attn_out = stream()
+        if ln1_sum is not None:
+            self.ln1_sum = ln1_sum
         if not parallel:
             self.hook_resid_mid = stream()
         self.hook_mlp_in = HookPoint("batch pos d_model", on_demand=True, d_model=cfg.d_model)
@@ -82,6 +88,8 @@ class Block(Module):
         self.mlp = mlp
         self.ln2_post = ln2_post or Identity()
         self.hook_mlp_out = stream()
+        if ln2_sum is not None:
+            self.ln2_sum = ln2_sum
         self.hook_resid_post = stream()
 
     def read(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:

@@ -10,10 +10,13 @@ MODULES = {
     "gemma2": "lenskit.models.gemma2",
     "gpt2": "lenskit.models.gpt2",
     "gpt_neox": "lenskit.models.gpt_neox",
+    "gptj": "lenskit.models.gptj",
     "llama": "lenskit.models.llama",
     "mistral": "lenskit.models.mistral",
     "mixtral": "lenskit.models.mixtral",
     "olmo2": "lenskit.models.olmo2",
+    "opt": "lenskit.models.opt",
+    "phi": "lenskit.models.phi",
     "qwen2": "lenskit.models.qwen2",
 }
 

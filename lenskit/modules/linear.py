@@ -85,6 +85,8 @@ class TransformedEmbed(Embed):
 class LearnedPositions(Module):
     """Adds a learned vector for each position; `W_pos` [n_ctx, d_model] is a view of the stored weight."""
 
+    offset = 0  # rows of the stored weight before that of position 0
+
     def __init__(self, n_ctx: int, d_model: int) -> None:
         super().__init__()
         self.weight = empty(n_ctx, d_model)
@@ -99,14 +101,15 @@ class LearnedPositions(Module):
             InputError: the sequence is longer than the learned positions.
         """
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        if n_keys > weight.shape[0] and int(positions.max()) >= weight.shape[0]:  # padding does not count
+        n_ctx = weight.shape[0] - self.offset
+        if n_keys > n_ctx and int(positions.max()) >= n_ctx:  # padding does not count
             raise InputError(
                 "the sequence is longer than the model's context",
                 got=f"{int(positions.max()) + 1} tokens",
-                expected=f"at most {weight.shape[0]} (cfg.n_ctx): this model learned one vector a position",
+                expected=f"at most {n_ctx} (cfg.n_ctx): this model learned one vector a position",
                 fix="shorten the prompt, or ask for fewer new tokens",
             )
-        added = F.embedding(positions, weight).expand_as(resid)
+        added = F.embedding(positions + self.offset if self.offset else positions, weight).expand_as(resid)
         return resid + self.hook_pos_embed(added)
 
     @property
@@ -123,11 +126,6 @@ class OffsetPositions(LearnedPositions):
     def __init__(self, n_ctx: int, d_model: int, *, offset: int) -> None:
         super().__init__(n_ctx + offset, d_model)
         self.offset = offset
-
-    def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "rows pos"], n_keys: int
-    ) -> Float[Tensor, "batch pos d_model"]:
-        return super().forward(resid, positions + self.offset, n_keys + self.offset)
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
@@ -180,6 +178,26 @@ class CappedUnembed(Unembed):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         return self.cap(super().forward(x))
+
+
+class TransformedUnembed(Unembed):
+    """Logits of what the stream becomes in a projection. `W_U` is the product of both matrices, computed when asked.
+
+    Args:
+        d_embed: width of the stored vectors, one a token.
+        first: the projection from d_model to that.
+    """
+
+    def __init__(self, d_embed: int, d_vocab: int, *, bias: bool, first: Linear) -> None:
+        super().__init__(d_embed, d_vocab, bias=bias)
+        self.first = first
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        return super().forward(self.first(x))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.first.weight.T @ self.weight.T
 
 
 class AbsentBias(Tensor):
