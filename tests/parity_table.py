@@ -36,6 +36,7 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo2": COMMON,
     "gptj": {"n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40, "rotary_dim": 4},
     "phi": COMMON,
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 59},
     "falcon": {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 44, "vocab_size": 59,
         "max_position_embeddings": 40,
@@ -182,6 +183,8 @@ ROWS = [
     Row("norms of heads", "phi", {"qk_layernorm": True}),
     Row("tied, multi-head", "phi", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     Row("whole rotation", "phi", rope("default", partial_rotary_factor=1.0)),
+    Row("default", "bloom"),
+    Row("six heads, untied", "bloom", {"hidden_size": 36, "n_head": 6, "tie_word_embeddings": False}),
     Row("default", "falcon"),
     Row("biases, alibi, as rw-1b", "falcon", {
         "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 2,
