@@ -36,6 +36,11 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo2": COMMON,
     "gptj": {"n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40, "rotary_dim": 4},
     "phi": COMMON,
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 59},
+    "falcon": {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 44, "vocab_size": 59,
+        "max_position_embeddings": 40,
+    },
     "opt": {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "ffn_dim": 44, "vocab_size": 59,
         "max_position_embeddings": 40,
@@ -80,6 +85,11 @@ class Row:
     def routed(self) -> bool:
         """Whether rounding can send a token to another expert."""
         return any("expert" in name for name in self.hf)
+
+    @property
+    def sdpa_only(self) -> bool:
+        """Whether Hugging Face's "eager" attention is not what the model is: Falcon's adds ALiBi twice."""
+        return bool(self.hf.get("alibi"))
 
     def __str__(self) -> str:
         return f"{self.model_type}-{self.name}"
@@ -173,6 +183,21 @@ ROWS = [
     Row("norms of heads", "phi", {"qk_layernorm": True}),
     Row("tied, multi-head", "phi", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     Row("whole rotation", "phi", rope("default", partial_rotary_factor=1.0)),
+    Row("default", "bloom"),
+    Row("six heads, untied", "bloom", {"hidden_size": 36, "n_head": 6, "tie_word_embeddings": False}),
+    Row("default", "falcon"),
+    Row("biases, alibi, as rw-1b", "falcon", {
+        "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 2,
+    }),
+    Row("alibi, six heads", "falcon", {"alibi": True, "hidden_size": 36, "num_attention_heads": 6}),
+    Row("multi-query, one after the other", "falcon", {"parallel_attn": False}),
+    Row("two norms, as 40b", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    Row("groups, one norm, as 11b", "falcon", {
+        "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False,
+    }),
+    Row("two norms, alibi, biases", "falcon", {
+        "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True, "bias": True, "activation": "relu",
+    }),
     Row("default", "opt"),
     Row("as 350m", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
     Row("post-norm", "opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
@@ -217,6 +242,7 @@ def hf_model(folder: Path, *, attention: str = "eager", dtype: torch.dtype = tor
     """Hugging Face's model of a folder. With "eager" it can return attention patterns; some have nothing else."""
     found = AutoModelForCausalLM._model_mapping[type(config := AutoConfig.from_pretrained(folder))]
     attention = attention if found._supports_sdpa else "eager"
+    attention = "sdpa" if getattr(config, "alibi", False) else attention  # see Row.sdpa_only
     config._experts_implementation = "eager"  # the loop over experts, which computes in any dtype
     return found.from_pretrained(folder, config=config, attn_implementation=attention, dtype=dtype).eval()
 

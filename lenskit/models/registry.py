@@ -7,6 +7,8 @@ from lenskit.models.base import Family
 
 # Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
 MODULES = {
+    "bloom": "lenskit.models.bloom",
+    "falcon": "lenskit.models.falcon",
     "gemma2": "lenskit.models.gemma2",
     "gpt2": "lenskit.models.gpt2",
     "gpt_neox": "lenskit.models.gpt_neox",

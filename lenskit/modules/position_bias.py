@@ -50,11 +50,12 @@ class LinearBias(PositionBias):
         slopes: one a head; `alibi_slopes` has the paper's.
         rounded: a dtype to which slopes, and slope * key position, are rounded, where a model was trained so: the
             bias is then of the key's position alone (the softmax does not see the difference, but for rounding).
+        multiplier: of the bias, after it was rounded: the scores' scale, where a model scales both.
     """
 
-    def __init__(self, slopes: Sequence[float], *, rounded: torch.dtype | None = None) -> None:
+    def __init__(self, slopes: Sequence[float], *, rounded: torch.dtype | None = None, multiplier: float = 1.0) -> None:
         super().__init__()
-        self.slopes, self.rounded = tuple(slopes), rounded
+        self.slopes, self.rounded, self.multiplier = tuple(slopes), rounded, multiplier
 
     def bias(self, run: ForwardPass, dtype: torch.dtype, window: int | None) -> Float[Tensor, "rows head _ key_pos"]:
         """What is added: [rows head query_pos key_pos], or [rows head 1 key_pos] where it is of keys alone."""
@@ -63,8 +64,8 @@ class LinearBias(PositionBias):
             keys = run.key_positions(window)[:, None, None, :]
             slopes = torch.tensor(self.slopes, device=keys.device)[:, None, None]
             if self.rounded is None:
-                return (slopes * (keys - run.positions[:, None, :, None])).to(dtype)
-            return (slopes.to(self.rounded) * keys.to(self.rounded)).to(dtype)
+                return (slopes * (keys - run.positions[:, None, :, None]) * self.multiplier).to(dtype)
+            return (slopes.to(self.rounded) * keys.to(self.rounded)).to(dtype) * self.multiplier
 
         return run.once((id(self), "bias", dtype, window), compute)
 
