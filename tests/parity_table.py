@@ -37,6 +37,11 @@ TINY: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40, "rotary_dim": 4},
     "phi": COMMON,
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 59},
+    "gpt_neo": {
+        "hidden_size": 32, "num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "local"], 1]],
+        "window_size": WINDOW, "vocab_size": 59, "max_position_embeddings": 40, "intermediate_size": 44,
+    },
+    "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 59, "max_seq_len": 40},
     "falcon": {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 44, "vocab_size": 59,
         "max_position_embeddings": 40,
@@ -185,6 +190,12 @@ ROWS = [
     Row("whole rotation", "phi", rope("default", partial_rotary_factor=1.0)),
     Row("default", "bloom"),
     Row("six heads, untied", "bloom", {"hidden_size": 36, "n_head": 6, "tie_word_embeddings": False}),
+    Row("default", "gpt_neo"),
+    Row("global, untied", "gpt_neo", {"attention_types": [[["global"], 3]], "tie_word_embeddings": False}),
+    Row("usual mlp width, relu", "gpt_neo", {"intermediate_size": None, "activation_function": "relu"}),
+    Row("default", "mpt"),
+    Row("clipped, six heads", "mpt", {"d_model": 36, "n_heads": 6, "attn_config": {"clip_qkv": 0.5}}),
+    Row("scale, untied", "mpt", {"attn_config": {"softmax_scale": 0.2}, "tie_word_embeddings": False}),
     Row("default", "falcon"),
     Row("biases, alibi, as rw-1b", "falcon", {
         "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 2,

@@ -77,7 +77,10 @@ def test_greedy_ends_where_hugging_faces_does(demo: tuple[lk.HookedTransformer, 
 
 
 # What the families call it, in which a position is a row of a table.
-N_POSITIONS = {"gpt2": "n_positions", "gptj": "n_positions", "opt": "max_position_embeddings"}
+N_POSITIONS = {
+    "gpt2": "n_positions", "gptj": "n_positions", "gpt_neo": "max_position_embeddings", "mpt": "max_seq_len",
+    "opt": "max_position_embeddings",
+}  # fmt: skip
 
 
 def longer(row: Row) -> Row:

@@ -73,7 +73,10 @@ class OPTConfig(DecoderConfig):
 
     @classmethod
     def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
-        read.ignore("dropout", "layerdrop")
+        read.refuse_unless("scale_embeddings", False, "embeddings are added as they are")
+        read.refuse_unless("learned_embeddings", True, "positions have learned vectors")
+        read.ignore("dropout", "activation_dropout", "layerdrop")
+        read.ignore("output_projection")  # of the conversion: word_embed_proj_dim says whether there is one
         return {}
 
     @property

@@ -1,0 +1,133 @@
+"""Configs of the zoo's families as they are published, with all that the releases of years left in them."""
+
+from typing import Any
+
+import pytest
+from parity_table import TINY
+
+from lenskit.checkpoints.load import complete
+from lenskit.errors import UnsupportedConfigError
+from lenskit.models.config import DecoderConfig
+from lenskit.models.registry import family
+
+OPT = {
+    "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu",
+    "attention_dropout": 0.0, "bos_token_id": 2, "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2,
+    "ffn_dim": 20480, "hidden_size": 5120, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048,
+    "model_type": "opt", "num_attention_heads": 40, "num_hidden_layers": 40, "output_projection": True,
+    "pad_token_id": 1, "prefix": "</s>", "use_cache": True, "vocab_size": 50272, "word_embed_proj_dim": 5120,
+}  # fmt: skip
+GPT_J = {
+    "activation_function": "gelu_new", "attn_pdrop": 0.0, "embd_pdrop": 0.0, "gradient_checkpointing": False,
+    "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gptj", "n_embd": 4096, "n_head": 16,
+    "n_inner": None, "n_layer": 28, "n_positions": 2048, "resid_pdrop": 0.0, "rotary": True, "rotary_dim": 64,
+    "scale_attn_weights": True, "summary_type": "cls_index", "tie_word_embeddings": False, "vocab_size": 50400,
+}  # fmt: skip
+PHI_2 = {
+    "attention_dropout": 0.0, "embd_pdrop": 0.0, "hidden_act": "gelu_new", "hidden_size": 2560,
+    "initializer_range": 0.02, "intermediate_size": 10240, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+    "model_type": "phi", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+    "partial_rotary_factor": 0.4, "qk_layernorm": False, "resid_pdrop": 0.1, "rope_scaling": None,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 51200,
+}  # fmt: skip
+FALCON_7B = {
+    "alibi": False, "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "bias": False,
+    "hidden_dropout": 0.0, "hidden_size": 4544, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+    "model_type": "falcon", "multi_query": True, "new_decoder_architecture": False, "num_attention_heads": 71,
+    "num_hidden_layers": 32, "parallel_attn": True, "use_cache": True, "vocab_size": 65024,
+}  # fmt: skip
+BLOOM = {
+    "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0, "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True, "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+    "masked_softmax_fusion": True, "model_type": "bloom", "n_embed": 1024, "n_inner": None, "n_layer": 24,
+    "num_attention_heads": 16, "offset_alibi": 100, "pretraining_tp": 1, "skip_bias_add": True,
+    "skip_bias_add_qkv": False, "slow_but_exact": False, "unk_token_id": 0, "vocab_size": 250880,
+}  # fmt: skip
+MPT_7B = {
+    "attn_config": {
+        "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+        "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False,
+        "qk_ln": False, "softmax_scale": None,
+    },
+    "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4,
+    "init_config": {"name": "kaiming_normal_"}, "init_device": "cpu", "learned_pos_emb": True, "logit_scale": None,
+    "max_seq_len": 2048, "model_type": "mpt", "n_heads": 32, "n_layers": 32, "no_bias": True,
+    "norm_type": "low_precision_layernorm", "resid_pdrop": 0, "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "verbose": 0, "vocab_size": 50432,
+}  # fmt: skip
+GPT_NEO = {
+    "activation_function": "gelu_new", "attention_dropout": 0, "attention_layers": ["global", "local"] * 12,
+    "attention_types": [[["global", "local"], 12]], "embed_dropout": 0, "gradient_checkpointing": False,
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": None, "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 2048, "model_type": "gpt_neo", "num_heads": 16, "num_layers": 24, "resid_dropout": 0,
+    "vocab_size": 50257, "window_size": 256,
+}  # fmt: skip
+
+# The config and some of the fields that it must become.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "opt-13b": (OPT, {"d_embed": 5120, "pre_norm": True, "final_norm": True, "d_mlp": 20480}),
+    "opt-350m": (
+        {**OPT, "do_layer_norm_before": False, "hidden_size": 1024, "word_embed_proj_dim": 512},
+        {"d_model": 1024, "d_embed": 512, "pre_norm": False, "final_norm": False},
+    ),
+    "gpt-j-6b": (GPT_J, {"d_rotary": 64, "d_head": 256, "d_mlp": 16384, "tie_embeddings": False}),
+    "phi-2": (PHI_2, {"d_head": 80, "head_norms": False, "act_fn": "gelu_new"}),
+    "falcon-7b": (FALCON_7B, {"n_key_value_heads": 1, "two_norms": False, "parallel": True, "d_mlp": 18176}),
+    "falcon-40b": (
+        {**FALCON_7B, "new_decoder_architecture": True, "hidden_size": 8192, "num_attention_heads": 128,
+         "num_kv_heads": 8},
+        {"n_key_value_heads": 8, "two_norms": True},
+    ),
+    "falcon-11b": (
+        {**FALCON_7B, "new_decoder_architecture": True, "hidden_size": 4096, "num_attention_heads": 32,
+         "num_kv_heads": 8, "num_ln_in_parallel_attn": 1, "ff_factor": 4, "ffn_hidden_size": 16384},
+        {"n_key_value_heads": 8, "two_norms": False, "groups": True},
+    ),
+    "falcon-rw-1b": (
+        {**FALCON_7B, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, "hidden_size": 2048,
+         "num_attention_heads": 32},
+        {"n_key_value_heads": 32, "alibi": True, "parallel": False},
+    ),
+    "bloom-560m": (BLOOM, {"d_model": 1024, "n_heads": 16, "d_mlp": 4096, "n_ctx": 2048}),
+    "mpt-7b": (MPT_7B, {"d_mlp": 16384, "clip": None, "score_scale": None, "n_ctx": 2048}),
+    "gpt-neo-1.3b": (GPT_NEO, {"layer_types": ("full_attention", "sliding_attention") * 12, "d_mlp": 8192}),
+}  # fmt: skip
+
+
+def read(raw: dict[str, Any]) -> DecoderConfig:
+    return family(raw["model_type"], where="here").config.from_hf(complete(raw, where="here"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str) -> None:
+    raw, fields = PUBLISHED[name]
+    cfg = read(raw)
+    assert {field: getattr(cfg, field) for field in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attributes"),
+    [
+        ("opt", {"scale_embeddings": True}),
+        ("gptj", {"rotary": False}),
+        ("falcon", {"apply_residual_connection_post_layernorm": True}),
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}),
+        ("falcon", {"num_ln_in_parallel_attn": 2}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("bloom", {"n_inner": 50}),
+        ("mpt", {"expansion_ratio": 2}),
+        ("mpt", {"norm_type": "rmsnorm"}),
+        ("mpt", {"attn_config": {"alibi": False}}),
+        ("mpt", {"attn_config": {"qk_ln": True}}),
+        ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}),
+        ("mpt", {"attn_config": {"sliding_window_size": 9}}),
+    ],
+    ids=str,
+)
+def test_what_would_change_the_computation_is_refused(model_type: str, attributes: dict[str, Any]) -> None:
+    """By name, whether Hugging Face computes it or ignores it."""
+    read({"model_type": model_type, **TINY[model_type]})
+    with pytest.raises(UnsupportedConfigError) as refused:
+        read({"model_type": model_type, **TINY[model_type], **attributes})
+    [name] = attributes["attn_config"] if "attn_config" in attributes else [list(attributes)[-1]]
+    assert name in str(refused.value)
