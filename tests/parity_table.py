@@ -51,6 +51,12 @@ TINY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40,
     },
     "qwen2": COMMON,
+    "qwen3": {**COMMON, "head_dim": 10},
+    "gemma": {**COMMON, "head_dim": 10},
+    "granite": {
+        **COMMON, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
+        "logits_scaling": 2.0,
+    },
     "gemma2": {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14,
         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
@@ -217,6 +223,18 @@ ROWS = [
     Row("no biases, no gains", "opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
     Row("default", "mixtral"),
     Row("one expert a token, window", "mixtral", {"num_experts_per_tok": 1, "sliding_window": WINDOW}),
+    Row("default", "qwen3"),
+    Row(
+        "windows in later layers", "qwen3",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    Row("biases, tied", "qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    Row("default", "gemma"),
+    Row("multi-query, biases", "gemma", {"num_key_value_heads": 1, "attention_bias": True}),
+    Row("gelu, as the first release says", "gemma", {"hidden_act": "gelu"}),
+    Row("untied", "gemma", {"tie_word_embeddings": False}),
+    Row("default", "granite"),
+    Row("biases, tied", "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
 ]  # fmt: skip
 
 

@@ -9,11 +9,13 @@ from lenskit.models.base import Family
 MODULES = {
     "bloom": "lenskit.models.bloom",
     "falcon": "lenskit.models.falcon",
+    "gemma": "lenskit.models.gemma",
     "gemma2": "lenskit.models.gemma2",
     "gpt2": "lenskit.models.gpt2",
     "gpt_neo": "lenskit.models.gpt_neo",
     "gpt_neox": "lenskit.models.gpt_neox",
     "gptj": "lenskit.models.gptj",
+    "granite": "lenskit.models.granite",
     "llama": "lenskit.models.llama",
     "mistral": "lenskit.models.mistral",
     "mixtral": "lenskit.models.mixtral",
@@ -22,6 +24,7 @@ MODULES = {
     "opt": "lenskit.models.opt",
     "phi": "lenskit.models.phi",
     "qwen2": "lenskit.models.qwen2",
+    "qwen3": "lenskit.models.qwen3",
 }
 
 
