@@ -51,6 +51,9 @@ TINY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40,
     },
     "qwen2": COMMON,
+    "starcoder2": {**COMMON, "sliding_window": WINDOW},
+    "smollm3": {**COMMON, "no_rope_layer_interval": 2},
+    "olmo": COMMON,
     "qwen3": {**COMMON, "head_dim": 10},
     "gemma": {**COMMON, "head_dim": 10},
     "granite": {
@@ -235,6 +238,16 @@ ROWS = [
     Row("untied", "gemma", {"tie_word_embeddings": False}),
     Row("default", "granite"),
     Row("biases, tied", "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    Row("default", "starcoder2"),
+    Row("no biases, no window", "starcoder2", {"use_bias": False, "sliding_window": None}),
+    Row("untied, relu", "starcoder2", {"tie_word_embeddings": False, "hidden_act": "relu"}),
+    Row("default", "smollm3"),
+    Row("windows without positions", "smollm3", {"use_sliding_window": True, "sliding_window": WINDOW}),
+    Row("biases", "smollm3", {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 1, 1]}),
+    Row("default", "olmo"),
+    Row("clipped", "olmo", {"clip_qkv": 0.7}),
+    Row("multi-query, biases, tied", "olmo",
+        {"num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True}),
 ]  # fmt: skip
 
 

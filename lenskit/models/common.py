@@ -39,19 +39,19 @@ def table(
     rules: Sequence[Rule],
     *,
     bias: bool = False,
-    norm: str = "model.norm",
+    norm: str | None = "model.norm",
     others: Sequence[Sequence[Rule]] = (),
 ) -> WeightTable:
     """The table of a model whose blocks have these rules, with the usual names around the blocks.
 
     Args:
         bias: whether the final norm has one.
-        norm: its name.
+        norm: its name; None where it has no weights.
         others: rules of the blocks in other layouts, which are read as well.
     """
     around = (
         *rules_of({"model.embed_tokens": "embed"}),
-        *rules_of({norm: "ln_final"}, bias=bias),
+        *([] if norm is None else rules_of({norm: "ln_final"}, bias=bias)),
         head(cfg.tie_embeddings),
         drop(LAYER + "self_attn.rotary_emb.inv_freq"),  # recomputed from the config
     )

@@ -1,8 +1,8 @@
 """Gemma (Gemma Team 2024, arXiv 2403.08295).
 
 What is unusual next to LLaMA: norms multiply by 1 + weight; the gate is a GELU; heads are wider than d_model / n_heads;
-the embedding is multiplied by sqrt(d_model), and is the unembedding as it is stored, without that. `hook_embed` is after
-the multiplier.
+the embedding is multiplied by sqrt(d_model), and is the unembedding as it is stored, without that. `hook_embed` is
+after the multiplier.
 """
 
 from collections.abc import Mapping

@@ -20,11 +20,14 @@ MODULES = {
     "mistral": "lenskit.models.mistral",
     "mixtral": "lenskit.models.mixtral",
     "mpt": "lenskit.models.mpt",
+    "olmo": "lenskit.models.olmo",
     "olmo2": "lenskit.models.olmo2",
     "opt": "lenskit.models.opt",
     "phi": "lenskit.models.phi",
     "qwen2": "lenskit.models.qwen2",
     "qwen3": "lenskit.models.qwen3",
+    "smollm3": "lenskit.models.smollm3",
+    "starcoder2": "lenskit.models.starcoder2",
 }
 
 
