@@ -30,6 +30,7 @@ from lenskit.models.config import DecoderConfig
 from lenskit.models.gpt2 import GPT2Config
 from lenskit.models.hf_config import HARMLESS, NEUTRAL, HFConfig
 from lenskit.models.llama import LlamaConfig
+from lenskit.models.registry import MODULES
 from lenskit.modules.rope_types import RopeConfig
 
 load = lk.HookedTransformer.from_pretrained
@@ -188,7 +189,7 @@ def test_no_model_type(folder: Path, model_type: Any) -> None:
 
 def test_an_unsupported_model_type(folder: Path) -> None:
     edit_json(folder / "config.json", model_type="mamba")
-    told(UnsupportedModelError, folder, str(folder), "'mamba'", "gpt2, gpt_neox, llama", "lenskit/models/")
+    told(UnsupportedModelError, folder, str(folder), "'mamba'", *MODULES, "lenskit/models/")
 
 
 @pytest.mark.parametrize(

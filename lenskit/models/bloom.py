@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lenskit.models.base import Block, Family, Parts
-from lenskit.models.common import heads, in_layers
+from lenskit.models.common import FUSED_LINEAR, PRE_NORMS, heads, in_layers
 from lenskit.models.config import DecoderConfig
 from lenskit.models.hf_config import HFConfig, common_names
 from lenskit.modules.attention import ExtendedAttention
@@ -26,15 +26,6 @@ from lenskit.modules.position_bias import LinearBias, alibi_slopes
 from lenskit.modules.qkv import GroupedQKV
 from lenskit.weights import WeightTable, head, rules_of
 
-NAMES = {
-    "input_layernorm": "ln1",
-    "self_attention.query_key_value": "attn.qkv.joined",
-    "self_attention.dense": "attn.o",
-    "post_attention_layernorm": "ln2",
-    "mlp.dense_h_to_4h": "mlp.w_in",
-    "mlp.dense_4h_to_h": "mlp.w_out",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class BloomConfig(DecoderConfig):
@@ -42,12 +33,7 @@ class BloomConfig(DecoderConfig):
 
     model_type: ClassVar[str] = "bloom"
     hf_names: ClassVar[Mapping[str, str]] = common_names(
-        n_key_value_heads=None,
-        d_head=None,
-        d_mlp=None,
-        n_ctx=None,
-        act_fn=None,
-        rope=None,
+        without=("n_key_value_heads", "d_head", "d_mlp", "n_ctx", "act_fn", "rope"),
         n_layers="n_layer",
         n_heads="n_head",
         eps="layer_norm_epsilon",
@@ -108,7 +94,7 @@ def weights(cfg: BloomConfig) -> WeightTable:
     rules = (
         *rules_of({"transformer.word_embeddings": "embed"}),
         *rules_of({"transformer.word_embeddings_layernorm": "embed.then"}, bias=True),
-        *in_layers(NAMES, bias=True, layer="transformer.h.{l}."),
+        *in_layers({**FUSED_LINEAR, **PRE_NORMS}, bias=True, layer="transformer.h.{l}."),
         *rules_of({"transformer.ln_f": "ln_final"}, bias=True),
         head(cfg.tie_embeddings),
     )

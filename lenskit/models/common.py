@@ -16,6 +16,12 @@ ATTENTION = {
     "self_attn.o_proj": "attn.o",
 }
 GATED_MLP = {"mlp.gate_proj": "mlp.w_gate", "mlp.up_proj": "mlp.w_in", "mlp.down_proj": "mlp.w_out"}
+FUSED_LINEAR = {  # Megatron-LM's
+    "self_attention.query_key_value": "attn.qkv.joined",
+    "self_attention.dense": "attn.o",
+    "mlp.dense_h_to_4h": "mlp.w_in",
+    "mlp.dense_4h_to_h": "mlp.w_out",
+}
 PRE_NORMS = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
 
 

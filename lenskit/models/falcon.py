@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lenskit.errors import UnsupportedConfigError
 from lenskit.models.base import Block, Family, Parts
-from lenskit.models.common import heads, in_layers
+from lenskit.models.common import FUSED_LINEAR, PRE_NORMS, heads, in_layers
 from lenskit.models.config import DecoderConfig
 from lenskit.models.hf_config import HFConfig, common_names
 from lenskit.modules.attention import Attention, ExtendedAttention, SelfAttention
@@ -29,15 +28,7 @@ from lenskit.modules.position_bias import LinearBias, alibi_slopes
 from lenskit.modules.qkv import GroupedQKV
 from lenskit.modules.rope_types import RopeConfig
 from lenskit.modules.rotary import Rotary
-from lenskit.weights import WeightTable, drop, head, rules_of
-
-LAYER = "transformer.h.{l}."
-LINEAR = {
-    "self_attention.query_key_value": "attn.qkv.joined",
-    "self_attention.dense": "attn.o",
-    "mlp.dense_h_to_4h": "mlp.w_in",
-    "mlp.dense_4h_to_h": "mlp.w_out",
-}
+from lenskit.weights import WeightTable, head, rules_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +41,7 @@ class FalconConfig(DecoderConfig):
 
     model_type: ClassVar[str] = "falcon"
     hf_names: ClassVar[Mapping[str, str]] = common_names(
-        n_key_value_heads=None,
-        d_head=None,
+        without=("n_key_value_heads", "d_head"),
         d_mlp="ffn_hidden_size",
         act_fn="activation",
         eps="layer_norm_epsilon",
@@ -71,34 +61,20 @@ class FalconConfig(DecoderConfig):
     parallel: bool = True
     two_norms: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.groups and not self.parallel) or (self.two_norms and not self.groups):
-            raise UnsupportedConfigError(
-                "no Falcon has a block like this",
-                got=f"groups={self.groups}, parallel={self.parallel}, two_norms={self.two_norms}",
-                expected="blocks of the newer layout are parallel, and only they can have two norms",
-                fix="correct new_decoder_architecture, parallel_attn or num_ln_in_parallel_attn",
-            )
-
     @classmethod
     def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
         read.refuse_unless("apply_residual_connection_post_layernorm", False, "what is added to is the stream itself")
         read.ignore("ff_factor")  # ffn_hidden_size is what counts
-        groups, multi_query = read("new_decoder_architecture"), read("multi_query")
-        n_norms, n_groups = read.optional("num_ln_in_parallel_attn"), read("num_kv_heads")
-        old = 1 if multi_query else read("num_attention_heads")
-        return {
-            "n_key_value_heads": n_groups if groups else old,
-            "two_norms": n_norms == 2 or (n_norms is None and groups),
-        }
+        groups, n_groups = read("new_decoder_architecture"), read("num_kv_heads")
+        old = 1 if read("multi_query") else read("num_attention_heads")
+        name, value = ("parallel_attn", True) if groups else ("num_ln_in_parallel_attn", 1)
+        read.refuse_unless(name, value, "blocks of the newer layout are parallel, and only they may have two norms")
+        two_norms = groups and read.optional("num_ln_in_parallel_attn") != 1
+        return {"n_key_value_heads": n_groups if groups else old, "two_norms": two_norms}
 
     def unusual_to_hf(self) -> dict[str, Any]:
-        return {
-            "multi_query": self.n_key_value_heads == 1,
-            "num_kv_heads": self.n_key_value_heads if self.groups else self.n_heads,
-            "num_ln_in_parallel_attn": (2 if self.two_norms else 1) if self.groups else None,
-        }
+        n, n_norms = self.n_key_value_heads, 2 if self.two_norms else 1
+        return {"multi_query": n == 1, "num_kv_heads": n, "num_ln_in_parallel_attn": n_norms}
 
 
 class FalconBlock(Block):
@@ -109,14 +85,10 @@ class FalconBlock(Block):
         attn: SelfAttention = Attention(qkv, scale=scale, bias=cfg.bias, rotary=rotary)
         if alibi is not None:
             attn = ExtendedAttention(qkv, scale=scale, bias=cfg.bias, position_bias=alibi)
-        super().__init__(
-            cfg,
-            ln1=LayerNorm(cfg.d_model, cfg.eps),
-            attn=attn,
-            ln2=None if cfg.parallel and not cfg.two_norms else LayerNorm(cfg.d_model, cfg.eps),
-            mlp=MLP(cfg.d_model, cfg.d_mlp, act_fn=cfg.act_fn, bias=cfg.bias),
-            parallel=cfg.parallel,
-        )
+        ln1 = LayerNorm(cfg.d_model, cfg.eps)
+        ln2 = None if cfg.parallel and not cfg.two_norms else LayerNorm(cfg.d_model, cfg.eps)
+        mlp = MLP(cfg.d_model, cfg.d_mlp, act_fn=cfg.act_fn, bias=cfg.bias)
+        super().__init__(cfg, ln1=ln1, attn=attn, ln2=ln2, mlp=mlp, parallel=cfg.parallel)
 
     def forward(self, resid: Float[Tensor, "batch pos d_model"], run: ForwardPass) -> Tensor:
         resid = self.hook_resid_pre(resid)
@@ -160,19 +132,16 @@ def parts(cfg: FalconConfig) -> Parts:
 
 
 def weights(cfg: FalconConfig) -> WeightTable:
-    """BLOOM's names but for the embedding's norm; the two norms of parallel blocks have names of their own."""
-    norms = (
-        {"input_layernorm": "ln1"} if cfg.parallel else {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
-    )
+    """BLOOM's names, without a norm of the embedding; two norms of one stream have names of their own."""
+    norms = {"input_layernorm": "ln1"} if cfg.parallel else PRE_NORMS
     if cfg.two_norms:
         norms = {"ln_attn": "ln1", "ln_mlp": "ln2"}
     rules = (
         *rules_of({"transformer.word_embeddings": "embed"}),
-        *in_layers(LINEAR, bias=cfg.bias, layer=LAYER),
-        *in_layers(norms, bias=True, layer=LAYER),
+        *in_layers(FUSED_LINEAR, bias=cfg.bias, layer="transformer.h.{l}."),
+        *in_layers(norms, bias=True, layer="transformer.h.{l}."),
         *rules_of({"transformer.ln_f": "ln_final"}, bias=True),
         head(cfg.tie_embeddings),
-        drop(LAYER + "self_attention.rotary_emb.inv_freq"),  # recomputed from the config
     )
     return WeightTable(rules, cfg.n_layers, prefix="transformer.")
 

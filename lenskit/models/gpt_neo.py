@@ -49,10 +49,7 @@ class GPTNeoConfig(DecoderConfig):
 
     model_type: ClassVar[str] = "gpt_neo"
     hf_names: ClassVar[Mapping[str, str]] = common_names(
-        n_key_value_heads=None,
-        d_head=None,
-        d_mlp=None,
-        rope=None,
+        without=("n_key_value_heads", "d_head", "d_mlp", "rope"),
         n_layers="num_layers",
         n_heads="num_heads",
         act_fn="activation_function",

@@ -1,6 +1,6 @@
 """Reading Hugging Face configs closed: every attribute is used, known to change nothing, or refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,9 +58,15 @@ COMMON_NAMES = {
 }
 
 
-def common_names(**changes: str | None) -> dict[str, str]:
-    """`COMMON_NAMES` for a family's `hf_names`, with other names and more fields; None for what it does not have."""
-    return {ours: theirs for ours, theirs in {**COMMON_NAMES, **changes}.items() if theirs is not None}
+def common_names(*, without: Container[str] = (), **changes: str | None) -> dict[str, str]:
+    """`COMMON_NAMES` for a family's `hf_names`, with other names and more fields.
+
+    Args:
+        without: fields that are no attribute of this family's. None instead of a name says the same.
+        changes: field -> attribute.
+    """
+    names = {ours: theirs for ours, theirs in {**COMMON_NAMES, **changes}.items() if theirs is not None}
+    return {ours: theirs for ours, theirs in names.items() if ours not in without}
 
 
 class HFConfig:

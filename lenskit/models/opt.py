@@ -48,10 +48,7 @@ class OPTConfig(DecoderConfig):
 
     model_type: ClassVar[str] = "opt"
     hf_names: ClassVar[Mapping[str, str]] = common_names(
-        n_key_value_heads=None,
-        d_head=None,
-        eps=None,
-        rope=None,
+        without=("n_key_value_heads", "d_head", "eps", "rope"),
         d_mlp="ffn_dim",
         act_fn="activation_function",
         init_range="init_std",
@@ -74,9 +71,7 @@ class OPTConfig(DecoderConfig):
     @classmethod
     def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
         read.refuse_unless("scale_embeddings", False, "embeddings are added as they are")
-        read.refuse_unless("learned_embeddings", True, "positions have learned vectors")
-        read.ignore("dropout", "activation_dropout", "layerdrop")
-        read.ignore("output_projection")  # of the conversion: word_embed_proj_dim says whether there is one
+        read.ignore("dropout", "activation_dropout", "layerdrop", "output_projection", "learned_embeddings")
         return {}
 
     @property
@@ -126,11 +121,10 @@ def parts(cfg: OPTConfig) -> Parts:
         embed = TransformedEmbed(cfg.d_vocab, cfg.d_embed, then=Linear(cfg.d_embed, cfg.d_model, bias=False))
         back = Linear(cfg.d_model, cfg.d_embed, bias=False)
         unembed = TransformedUnembed(cfg.d_embed, cfg.d_vocab, bias=False, first=back)
-    block = OPTBlock if cfg.pre_norm else PostNormBlock
     return Parts(
         embed=embed,
         pos_embed=OffsetPositions(cfg.n_ctx, cfg.d_model, offset=2),
-        blocks=(block(cfg) for _ in range(cfg.n_layers)),
+        blocks=((OPTBlock if cfg.pre_norm else PostNormBlock)(cfg) for _ in range(cfg.n_layers)),
         ln_final=cfg.norm(cfg.final_norm) or Identity(),
         unembed=unembed,
     )
@@ -138,16 +132,15 @@ def parts(cfg: OPTConfig) -> Parts:
 
 def weights(cfg: OPTConfig) -> WeightTable:
     """A block's two norms have the same names wherever they stand: "final_layer_norm" is the MLP's."""
-    ln1, ln2 = ("ln1", "ln2") if cfg.pre_norm else ("ln1_sum", "ln2_sum")
     around = {"embed_tokens": "embed", "embed_positions": "pos_embed"}
-    if cfg.d_embed != cfg.d_model:
-        around |= {"project_in": "embed.then", "project_out": "unembed.first"}
+    around |= {} if cfg.d_embed == cfg.d_model else {"project_in": "embed.then", "project_out": "unembed.first"}
     rules = [
         *rules_of({f"model.decoder.{theirs}": ours for theirs, ours in around.items()}),
         *in_layers(LINEAR, bias=cfg.bias, layer=LAYER),
         head(cfg.tie_embeddings),
     ]
     if cfg.gains:
+        ln1, ln2 = ("ln1", "ln2") if cfg.pre_norm else ("ln1_sum", "ln2_sum")
         rules += in_layers({"self_attn_layer_norm": ln1, "final_layer_norm": ln2}, bias=True, layer=LAYER)
     if cfg.gains and cfg.final_norm:
         rules += rules_of({"model.decoder.final_layer_norm": "ln_final"}, bias=True)
