@@ -234,7 +234,6 @@ ROWS = [
     Row("biases, tied", "qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     Row("default", "gemma"),
     Row("multi-query, biases", "gemma", {"num_key_value_heads": 1, "attention_bias": True}),
-    Row("gelu, as the first release says", "gemma", {"hidden_act": "gelu"}),
     Row("untied", "gemma", {"tie_word_embeddings": False}),
     Row("default", "granite"),
     Row("biases, tied", "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -268,7 +267,8 @@ def perturb(model: nn.Module, seed: int) -> None:
             if parameter.dim() > 1:
                 parameter.copy_(0.25 * noise)
             else:
-                parameter.copy_(0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise)
+                # Gains that start at zero are added to one.
+                parameter.copy_(0.3 * noise if name.endswith("bias") or not parameter.any() else 1 + 0.3 * noise)
 
 
 def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:

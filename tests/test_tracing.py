@@ -195,10 +195,12 @@ def test_ends_of_modules_are_what_they_are_given_and_give(model_type: str) -> No
     post = {
         f"blocks.1.{part}": getattr(model.blocks[1], norm) for part, norm in (("attn", "ln1_post"), ("mlp", "ln2_post"))
     }
+    residual_multiplier = model.cfg.to_json().get("residual_multiplier", 1.0)
     for name, (taken, gave) in saved.items():
         assert close(taken.value, seen[name][0]), f"{name}.input"
         then = post.get(name, Identity())  # what is added to the stream is what a norm makes of the output
-        assert close(gave.value, then(seen[name][1])), f"{name}.output"
+        times = residual_multiplier if name in post else 1.0
+        assert close(gave.value, then(seen[name][1]) * times), f"{name}.output"
     assert all(torch.equal(each, TOKENS) for each in ids_in)
     assert torch.equal(whole[1].value, run.output.logits)
     assert torch.equal(whole[0].value, model.embed(TOKENS))
