@@ -175,9 +175,12 @@ def test_the_script_converts(tmp_path: Path, environment: dict[str, str]) -> Non
 
 
 SLOW_WRITER = """
+import signal
 import time
 from lenskit import cli
 from lenskit.checkpoints import write
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 
 def slow(tensors, path, **kwargs):
     path.write_bytes(b"half a tensor")
