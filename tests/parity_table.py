@@ -64,6 +64,9 @@ TINY: dict[str, dict[str, Any]] = {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14,
         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
     },
+    "gemma3_text": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14, "sliding_window_pattern": 2,
+    },
 }  # fmt: skip
 MODEL_TYPES = tuple(TINY)
 WRITTEN_OUT = ("gpt2", "llama")  # whose forward passes tests write out once more
@@ -188,6 +191,14 @@ ROWS = [
     Row("default", "gemma2"),
     Row("no caps", "gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     Row("full attention, biases", "gemma2", {"layer_types": ["full_attention"] * 3, "attention_bias": True}),
+    Row("default", "gemma3_text"),
+    Row("capped logits, biases", "gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
+    Row("linear in full layers, untied, multi-query", "gemma3_text", {
+        "num_key_value_heads": 1, "tie_word_embeddings": False, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    }),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
     Row("default", "gptj"),

@@ -9,6 +9,7 @@ from lenskit.checkpoints.load import complete
 from lenskit.errors import UnsupportedConfigError
 from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
+from lenskit.modules.rope_types import RopeConfig
 
 OPT = {
     "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu",
@@ -62,6 +63,14 @@ GPT_NEO = {
     "max_position_embeddings": 2048, "model_type": "gpt_neo", "num_heads": 16, "num_layers": 24, "resid_dropout": 0,
     "vocab_size": 50257, "window_size": 256,
 }  # fmt: skip
+GEMMA_3_1B = {
+    "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+    "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+    "initializer_range": 0.02, "intermediate_size": 6912, "max_position_embeddings": 32768,
+    "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
+    "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "use_cache": True, "vocab_size": 262144,
+}  # fmt: skip
 
 # The config and some of the fields that it must become.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -91,6 +100,15 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bloom-560m": (BLOOM, {"d_model": 1024, "n_heads": 16, "d_mlp": 4096, "n_ctx": 2048}),
     "mpt-7b": (MPT_7B, {"d_mlp": 16384, "clip": None, "score_scale": None, "n_ctx": 2048}),
     "gpt-neo-1.3b": (GPT_NEO, {"layer_types": ("full_attention", "sliding_attention") * 12, "d_mlp": 8192}),
+    "gemma-3-1b": (
+        GEMMA_3_1B,
+        {"rope": RopeConfig(theta=1000000), "local_rope": RopeConfig(theta=10000), "window": 512, "logit_cap": None,
+         "layer_types": (("sliding_attention",) * 5 + ("full_attention",)) * 4 + ("sliding_attention",) * 2},
+    ),
+    "the text model of gemma-3-4b": (
+        {**GEMMA_3_1B, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+        {"rope": RopeConfig(rope_type="linear", theta=1000000, factor=8.0), "local_rope": RopeConfig(theta=10000)},
+    ),
 }  # fmt: skip
 
 
@@ -121,6 +139,9 @@ def test_published_configs_are_read(name: str) -> None:
         ("mpt", {"attn_config": {"qk_ln": True}}),
         ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}),
         ("mpt", {"attn_config": {"sliding_window_size": 9}}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}),  # of no layer type
     ],
     ids=str,
 )
@@ -129,5 +150,5 @@ def test_what_would_change_the_computation_is_refused(model_type: str, attribute
     read({"model_type": model_type, **TINY[model_type]})
     with pytest.raises(UnsupportedConfigError) as refused:
         read({"model_type": model_type, **TINY[model_type], **attributes})
-    [name] = attributes["attn_config"] if "attn_config" in attributes else [list(attributes)[-1]]
-    assert name in str(refused.value)
+    name, value = list(attributes.items())[-1]
+    assert (list(value)[-1] if isinstance(value, dict) else name) in str(refused.value)

@@ -11,6 +11,7 @@ MODULES = {
     "falcon": "lenskit.models.falcon",
     "gemma": "lenskit.models.gemma",
     "gemma2": "lenskit.models.gemma2",
+    "gemma3_text": "lenskit.models.gemma3",
     "gpt2": "lenskit.models.gpt2",
     "gpt_neo": "lenskit.models.gpt_neo",
     "gpt_neox": "lenskit.models.gpt_neox",
