@@ -67,6 +67,10 @@ TINY: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14, "sliding_window_pattern": 2,
     },
+    "gpt_oss": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "num_local_experts": 5, "num_experts_per_tok": 2,
+        "intermediate_size": 20, "swiglu_limit": 0.5,
+    },
 }  # fmt: skip
 MODEL_TYPES = tuple(TINY)
 WRITTEN_OUT = ("gpt2", "llama")  # whose forward passes tests write out once more
@@ -199,6 +203,16 @@ ROWS = [
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
         },
     }),
+    Row("default", "gpt_oss"),
+    Row("steeper gates, hardly cut off", "gpt_oss", {"swiglu_alpha": 3.0, "swiglu_limit": 2.0}),
+    Row("no windows, no biases, tied", "gpt_oss", {
+        "layer_types": ["full_attention"] * 3, "attention_bias": False, "tie_word_embeddings": True,
+    }),
+    Row(
+        "past the original context", "gpt_oss",
+        rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=32.0, beta_slow=1.0,
+             truncate=False), BOTH_SIDES,
+    ),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
     Row("default", "gptj"),

@@ -71,6 +71,19 @@ GEMMA_3_1B = {
     "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
     "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6, "use_cache": True, "vocab_size": 262144,
 }  # fmt: skip
+GPT_OSS_20B = {
+    "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64,
+    "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096, "initializer_range": 0.02,
+    "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4,
+    "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False,
+    "pad_token_id": 199999, "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False,
+    },
+    "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
+}  # fmt: skip
 
 # The config and some of the fields that it must become.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -109,6 +122,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**GEMMA_3_1B, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
         {"rope": RopeConfig(rope_type="linear", theta=1000000, factor=8.0), "local_rope": RopeConfig(theta=10000)},
     ),
+    "gpt-oss-20b": (GPT_OSS_20B, {"n_experts": 32, "top_k": 4, "window": 128, "d_head": 64, "attention_bias": True}),
 }  # fmt: skip
 
 
@@ -142,6 +156,8 @@ def test_published_configs_are_read(name: str) -> None:
         ("gemma3_text", {"attn_logit_softcapping": 50.0}),
         ("gemma3_text", {"use_bidirectional_attention": True}),
         ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}),  # of no layer type
+        ("gpt_oss", {"hidden_act": "relu"}),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}),
     ],
     ids=str,
 )

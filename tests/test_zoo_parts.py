@@ -16,7 +16,7 @@ from lenskit.modules.attention import Attention, ExtendedAttention, SinkSoftmax
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import Linear
-from lenskit.modules.mlp import GatedMLP
+from lenskit.modules.mlp import ClampedGatedMLP, GatedMLP
 from lenskit.modules.moe import Choose, MixtureOfExperts, SharedExperts, SigmoidTopK, SoftmaxTopK, TopKSoftmax
 from lenskit.modules.norms import LayerNorm, LayerNormByHead, Norm, OffsetRMSNorm, RMSNorm, RMSNormOverHeads
 from lenskit.modules.position_bias import LinearBias, alibi_slopes
@@ -138,6 +138,19 @@ def test_a_sink_takes_its_share_of_every_row() -> None:
     assert error(softmax(scores, torch.float32), by_hand) < 1e-6
 
 
+@torch.no_grad()
+def test_without_its_sink_a_pattern_sums_to_one(tmp_path: Path) -> None:
+    model, tokens = lk.HookedTransformer.from_pretrained(hf_folder(Row("x", "gpt_oss"), tmp_path)), ids(2, 9)
+    point, pattern = "blocks.0.attn.softmax.hook_sink_scores", "blocks.0.attn.hook_pattern"
+    _, cache = model.run_with_cache(tokens, [point, pattern])
+    assert error(cache[point], model.blocks[0].attn.softmax.sinks[:, None, None].expand(2, -1, 9, 1)) == 0.0
+    assert float(cache[pattern].sum(-1)[:, 1].min()) < 0.9
+    ops = [lk.Set(point, float("-inf"), heads=1), lk.Save(pattern)]
+    sums = model.run_with_hooks(tokens, ops).saved[pattern].sum(-1)
+    assert error(sums[:, 1], torch.ones(2, 9)) < 1e-6
+    assert torch.equal(sums[:, 0], cache[pattern].sum(-1)[:, 0])
+
+
 # -- norms
 
 NORMS = {
@@ -167,6 +180,31 @@ def test_norms_are_what_they_say(name: str) -> None:
     assert error(norm(x), by_hand) < 1e-6
     norm.hook_scale.__dict__["attachments"] = ()  # somebody's, of another thread
     assert error(norm(x), by_hand) < 1e-6, "written out"
+
+
+# -- MLPs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_clamped_mlp_is_its_weights_and_its_limit_holds(bias: bool) -> None:
+    mlp, x = drawn(ClampedGatedMLP(D_MODEL, 5, bias=bias, alpha=1.7, limit=0.5)), random(2, 7, D_MODEL)
+    gate, linear = x @ mlp.W_gate + mlp.b_gate, x @ mlp.W_in + mlp.b_in
+    assert float(gate.max()) > 0.5 > -0.5 > float(linear.min())
+    gate, linear = gate.clamp(max=0.5), linear.clamp(-0.5, 0.5)
+    by_hand = (gate * (1.7 * gate).sigmoid() * (linear + 1)) @ mlp.W_out + mlp.b_out
+    assert error(mlp(x), by_hand) < 1e-6
+
+
+@torch.no_grad()
+def test_its_views_write_every_second_row() -> None:
+    mlp = drawn(ClampedGatedMLP(D_MODEL, 5, bias=True, alpha=1.7, limit=0.5))
+    mlp.W_gate.zero_()
+    mlp.b_in.fill_(1.0)
+    assert not mlp.w_in.weight[::2].any()
+    assert bool(mlp.w_in.weight[1::2].all())
+    assert mlp.w_in.bias[1::2].tolist() == [1.0] * 5
+    assert 1.0 not in mlp.w_in.bias[::2].tolist()
 
 
 # -- mixtures of experts

@@ -15,6 +15,7 @@ MODULES = {
     "gpt2": "lenskit.models.gpt2",
     "gpt_neo": "lenskit.models.gpt_neo",
     "gpt_neox": "lenskit.models.gpt_neox",
+    "gpt_oss": "lenskit.models.gpt_oss",
     "gptj": "lenskit.models.gptj",
     "granite": "lenskit.models.granite",
     "llama": "lenskit.models.llama",

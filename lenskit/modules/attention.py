@@ -45,6 +45,7 @@ class SelfAttention(Module):
         window: how many keys a query sees, itself included, counted back from it; None for all before it
             (Beltagy et al. 2020, arXiv 2004.05150).
         between: a subclass's parts between the projections and the rotation: points are in the order of use.
+        on_scores: its parts between the scores and the pattern.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SelfAttention(Module):
         rotary: Rotary | None = None,
         window: int | None = None,
         between: Mapping[str, Module] | None = None,
+        on_scores: Mapping[str, Module] | None = None,
     ) -> None:
         super().__init__()
         d_model, n_heads, n_key_value_heads, d_head = qkv.d_model, qkv.n_heads, qkv.n_key_value_heads, qkv.d_head
@@ -74,6 +76,8 @@ class SelfAttention(Module):
         self.hook_rot_q: HookPoint | Identity = heads(n_heads) if rotary else Identity()
         self.hook_rot_k: HookPoint | Identity = heads(n_key_value_heads) if rotary else Identity()
         self.hook_attn_scores = HookPoint("batch head query_pos key_pos", head=n_heads)
+        for name, part in (on_scores or {}).items():
+            self.add_module(name, part)
         self.hook_pattern = HookPoint("batch head query_pos key_pos", head=n_heads)
         self.hook_z = HookPoint("batch pos head d_head", head=n_heads, d_head=d_head)
         self.hook_result = HookPoint("batch pos head d_model", on_demand=True, head=n_heads, d_model=d_model)
@@ -195,17 +199,20 @@ class Softmax(Module):
 class SinkSoftmax(Softmax):
     """A softmax with one more score a head, learned, that no value belongs to: a pattern's rows sum to less than one
     (Xiao et al. 2023, arXiv 2309.17453; Miller 2023, "Attention is off by one"). `sinks`: [head].
+
+    `hook_sink_scores` [batch head query_pos 1] is that score, for every query: at -inf nothing goes to the sink.
     """
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
         self.sinks = empty(n_heads)
+        self.hook_sink_scores = HookPoint("batch head query_pos 1", head=n_heads)
 
     def forward(
         self, scores: Float[Tensor, "batch head query_pos key_pos"], dtype: torch.dtype
     ) -> Float[Tensor, "batch head query_pos key_pos"]:
-        sinks = self.sinks[:, None, None].expand(*scores.shape[:3], 1)
-        with_sinks = torch.cat((scores, sinks.to(scores.dtype)), -1)
+        sinks = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        with_sinks = torch.cat((scores, self.hook_sink_scores(sinks)), -1)
         return with_sinks.softmax(-1, dtype=at_least_float32(dtype))[..., :-1].to(dtype)
 
 
@@ -234,6 +241,7 @@ class ExtendedAttention(SelfAttention):
 
     q_norm: Module
     k_norm: Module
+    softmax: Softmax
 
     def __init__(
         self,
@@ -251,11 +259,11 @@ class ExtendedAttention(SelfAttention):
         softmax: Softmax | None = None,
     ) -> None:
         norms = {"q_norm": q_norm or Identity(), "k_norm": k_norm or Identity()}
-        super().__init__(qkv, scale=scale, bias=bias, rotary=rotary, window=window, between=norms)
+        softmaxes = {"softmax": softmax or Softmax()}
+        super().__init__(qkv, scale=scale, bias=bias, rotary=rotary, window=window, between=norms, on_scores=softmaxes)
         self.clip = Identity() if clip is None else Clip(clip)
         self.cap = Identity() if cap is None else SoftCap(cap)
         self.position_bias = position_bias or NoPositionBias()
-        self.softmax = softmax or Softmax()
         self.fusible = cap is None and softmax is None
 
     def forward(
