@@ -71,6 +71,11 @@ TINY: dict[str, dict[str, Any]] = {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "num_local_experts": 5, "num_experts_per_tok": 2,
         "intermediate_size": 20, "swiglu_limit": 0.5,
     },
+    "deepseek_v3": {
+        **COMMON, "num_key_value_heads": 4, "q_lora_rank": 11, "kv_lora_rank": 9, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 7, "first_k_dense_replace": 1, "moe_intermediate_size": 12,
+        "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 MODEL_TYPES = tuple(TINY)
 WRITTEN_OUT = ("gpt2", "llama")  # whose forward passes tests write out once more
@@ -213,6 +218,20 @@ ROWS = [
         rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=32.0, beta_slow=1.0,
              truncate=False), BOTH_SIDES,
     ),
+    Row("default", "deepseek_v3"),
+    Row("queries from the stream, wide values", "deepseek_v3", {
+        "q_lora_rank": None, "v_head_dim": 14, "first_k_dense_replace": 0, "norm_topk_prob": False,
+    }),
+    Row("biases, halves, all groups", "deepseek_v3", {
+        "attention_bias": True, "rope_interleave": False, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+        "routed_scaling_factor": 0.7, "tie_word_embeddings": True,
+    }),
+    Row("dense, yarn and its scale", "deepseek_v3", {
+        "first_k_dense_replace": 3, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL,
+            "beta_fast": 1.2, "beta_slow": 0.1, "mscale": 1.0, "mscale_all_dim": 1.5,
+        },
+    }, BOTH_SIDES),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
     Row("default", "gptj"),
@@ -294,6 +313,10 @@ def perturb(model: nn.Module, seed: int) -> None:
             else:
                 # Gains that start at zero are added to one.
                 parameter.copy_(0.3 * noise if name.endswith("bias") or not parameter.any() else 1 + 0.3 * noise)
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():  # what is learned, if not by gradient
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:

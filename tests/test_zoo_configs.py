@@ -84,6 +84,21 @@ GPT_OSS_20B = {
     },
     "sliding_window": 128, "swiglu_limit": 7.0, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
 }  # fmt: skip
+DEEPSEEK_V3 = {
+    "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001, "ep_size": 1,
+    "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
+    "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+    "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "pretraining_tp": 1, "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+    "rope_scaling": {
+        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn",
+    },
+    "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "use_cache": True, "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
 
 # The config and some of the fields that it must become.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -123,6 +138,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope": RopeConfig(rope_type="linear", theta=1000000, factor=8.0), "local_rope": RopeConfig(theta=10000)},
     ),
     "gpt-oss-20b": (GPT_OSS_20B, {"n_experts": 32, "top_k": 4, "window": 128, "d_head": 64, "attention_bias": True}),
+    "deepseek-v3": (
+        DEEPSEEK_V3,
+        {"d_head": 192, "n_key_value_heads": 128, "q_rank": 1536, "n_experts": 256, "unread_layers": 1,
+         "rope": RopeConfig(rope_type="yarn", factor=40, original_max_position_embeddings=4096, beta_fast=32,
+                            beta_slow=1, mscale=1.0, mscale_all_dim=1.0)},
+    ),
+    "moonlight-16b": (
+        {**DEEPSEEK_V3, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
+         "rope_scaling": None, "rope_theta": 50000.0, "first_k_dense_replace": 1},
+        {"q_rank": None, "n_groups": 1, "unread_layers": 0, "rope": RopeConfig(theta=50000.0)},
+    ),
 }  # fmt: skip
 
 
@@ -157,6 +183,10 @@ def test_published_configs_are_read(name: str) -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}),
         ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}),  # of no layer type
         ("gpt_oss", {"hidden_act": "relu"}),
+        ("deepseek_v3", {"num_key_value_heads": 2}),
+        ("deepseek_v3", {"scoring_func": "softmax"}),
+        ("deepseek_v3", {"topk_method": "greedy"}),
+        ("deepseek_v3", {"moe_layer_freq": 2}),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}),
     ],
     ids=str,

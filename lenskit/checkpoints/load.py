@@ -26,6 +26,7 @@ from lenskit.extras import load
 from lenskit.models.base import Decoder, Family
 from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
+from lenskit.modules.module import Module, at_least_float32
 from lenskit.weights import Drop, Placement, WeightTable, weight
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def give_weights(
 
     Args:
         device: where all weights go; None for the CPU. "meta" leaves them out.
-        dtype: of all weights; None for the one that most of the numbers on disk have.
+        dtype: of all weights but those that a module keeps exact; None for the one that most of the numbers on disk
+            have.
         device_map: "auto", or module path prefix -> device; instead of `device`.
 
     Raises:
@@ -188,11 +190,19 @@ def give_weights(
 def _place(model: Decoder, weights: Weights, devices: Mapping[str, torch.device], dtype: torch.dtype) -> None:
     # The largest first: what is copied needs room for its original too, and now there is most of it.
     for placement in sorted(weights.placements, key=weights.size, reverse=True):
-        for name, tensor in zip(placement.ours, _read(placement, weights.files, devices, dtype), strict=True):
+        exact = any(_kept_exact(model, name) for name in placement.ours)
+        own = at_least_float32(dtype) if exact else dtype
+        for name, tensor in zip(placement.ours, _read(placement, weights.files, devices, own), strict=True):
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
             module._parameters[attribute] = nn.Parameter(tensor)
     model.tie()
+
+
+def _kept_exact(model: Decoder, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return isinstance(module, Module) and attribute in module.kept_exact
 
 
 def check_dtype(dtype: object) -> None:

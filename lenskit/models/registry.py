@@ -8,6 +8,7 @@ from lenskit.models.base import Family
 # Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
 MODULES = {
     "bloom": "lenskit.models.bloom",
+    "deepseek_v3": "lenskit.models.deepseek_v3",
     "falcon": "lenskit.models.falcon",
     "gemma": "lenskit.models.gemma",
     "gemma2": "lenskit.models.gemma2",
