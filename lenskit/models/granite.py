@@ -84,7 +84,7 @@ def parts(cfg: GraniteConfig) -> Parts:
     """The decoder's parts, in the order of the forward pass; all layers share one rotary embedding."""
     rotary = Rotary(cfg.rope, d_head=cfg.d_head, n_ctx=cfg.n_ctx)
     return Parts(
-        embed=ScaledEmbed(cfg.d_vocab, cfg.d_model, multiplier=cfg.embedding_multiplier),
+        embed=ScaledEmbed(cfg.d_vocab, cfg.d_model, multiplier=cfg.embedding_multiplier, rounded=False),
         pos_embed=Identity(),
         blocks=(GraniteBlock(cfg, rotary) for _ in range(cfg.n_layers)),
         ln_final=RMSNorm(cfg.d_model, cfg.eps),

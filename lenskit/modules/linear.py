@@ -54,15 +54,20 @@ class Embed(Module):
 
 
 class ScaledEmbed(Embed):
-    """Token embedding times `multiplier`, rounded to the weights' dtype first. `W_E` is what is stored, unscaled."""
+    """Token embedding times `multiplier`. `W_E` is what is stored, unscaled.
 
-    def __init__(self, d_vocab: int, d_model: int, *, multiplier: float) -> None:
+    Args:
+        rounded: whether the multiplier is rounded to the weights' dtype first, which shows in half precision.
+    """
+
+    def __init__(self, d_vocab: int, d_model: int, *, multiplier: float, rounded: bool = True) -> None:
         super().__init__(d_vocab, d_model)
-        self.multiplier = multiplier
+        self.multiplier, self.rounded = multiplier, rounded
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        return F.embedding(tokens, weight) * torch.tensor(self.multiplier, dtype=weight.dtype)
+        by = torch.tensor(self.multiplier, dtype=weight.dtype) if self.rounded else self.multiplier
+        return F.embedding(tokens, weight) * by
 
 
 class TransformedEmbed(Embed):
