@@ -94,7 +94,10 @@ class Module(Recorded):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":  # accelerate puts its own on a module
             _look_closer()
-        super().__setattr__(name, value)
+        try:
+            super().__setattr__(name, value)
+        except LenskitError as error:  # of a trace: the user's line wrote it
+            raise error.with_traceback(None) from None
 
     def __call__(self, *args: Any) -> Any:
         try:
