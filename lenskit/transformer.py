@@ -71,12 +71,12 @@ class HookedTransformer(WeightAccess, TextAccess):
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         token: str | bool | None = None,
     ) -> Self:
-        """A checkpoint as a model in eval mode.
+        """A checkpoint as a model in eval mode; of a multi-modal one, the text model.
 
         Args:
             name_or_path: an embedded name ("demo-gpt2"), a folder (Hugging Face's or lenskit's), or a hub id.
             device: where all weights go; the CPU if nothing is said. "meta" loads no weights at all.
-            dtype: of all weights; the one that most of them have on disk if nothing is said.
+            dtype: of the weights; the one that most of them have on disk if nothing is said.
             device_map: "auto", or module path prefix -> device, through accelerate; instead of `device`.
             revision: the hub's branch, tag or commit.
             tokenizer: instead of the checkpoint's own.

@@ -64,6 +64,18 @@ TINY: dict[str, dict[str, Any]] = {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14,
         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
     },
+    "gemma3_text": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14, "sliding_window_pattern": 2,
+    },
+    "gpt_oss": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "num_local_experts": 5, "num_experts_per_tok": 2,
+        "intermediate_size": 20, "swiglu_limit": 0.5,
+    },
+    "deepseek_v3": {
+        **COMMON, "num_key_value_heads": 4, "q_lora_rank": 11, "kv_lora_rank": 9, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 7, "first_k_dense_replace": 1, "moe_intermediate_size": 12,
+        "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 MODEL_TYPES = tuple(TINY)
 WRITTEN_OUT = ("gpt2", "llama")  # whose forward passes tests write out once more
@@ -188,6 +200,38 @@ ROWS = [
     Row("default", "gemma2"),
     Row("no caps", "gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     Row("full attention, biases", "gemma2", {"layer_types": ["full_attention"] * 3, "attention_bias": True}),
+    Row("default", "gemma3_text"),
+    Row("capped logits, biases", "gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
+    Row("linear in full layers, untied, multi-query", "gemma3_text", {
+        "num_key_value_heads": 1, "tie_word_embeddings": False, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    }),
+    Row("default", "gpt_oss"),
+    Row("steeper gates, hardly cut off", "gpt_oss", {"swiglu_alpha": 3.0, "swiglu_limit": 2.0}),
+    Row("no windows, no biases, tied", "gpt_oss", {
+        "layer_types": ["full_attention"] * 3, "attention_bias": False, "tie_word_embeddings": True,
+    }),
+    Row(
+        "past the original context", "gpt_oss",
+        rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=32.0, beta_slow=1.0,
+             truncate=False), BOTH_SIDES,
+    ),
+    Row("default", "deepseek_v3"),
+    Row("queries from the stream, wide values", "deepseek_v3", {
+        "q_lora_rank": None, "v_head_dim": 14, "first_k_dense_replace": 0, "norm_topk_prob": False,
+    }),
+    Row("biases, halves, all groups", "deepseek_v3", {
+        "attention_bias": True, "rope_interleave": False, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+        "routed_scaling_factor": 0.7, "tie_word_embeddings": True,
+    }),
+    Row("dense, yarn and its scale", "deepseek_v3", {
+        "first_k_dense_replace": 3, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL,
+            "beta_fast": 1.2, "beta_slow": 0.1, "mscale": 1.0, "mscale_all_dim": 1.5,
+        },
+    }, BOTH_SIDES),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
     Row("default", "gptj"),
@@ -269,6 +313,10 @@ def perturb(model: nn.Module, seed: int) -> None:
             else:
                 # Gains that start at zero are added to one.
                 parameter.copy_(0.3 * noise if name.endswith("bias") or not parameter.any() else 1 + 0.3 * noise)
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():  # what is learned, if not by gradient
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:

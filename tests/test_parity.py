@@ -165,14 +165,14 @@ def test_gradients_equal_hugging_faces(pair: Pair) -> None:
     loss(pair.model(tokens)).backward()
     gradients = {name: p.grad for name, p in pair.model.named_parameters(remove_duplicate=False)}
     table = family(pair.row.model_type, where="the row").weights(pair.model.cfg)
-    ours = dict(table.to_disk(gradients))
+    ours = {name: gradient for name, gradient in table.to_disk(gradients) if gradient is not None}
 
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() <= theirs.keys()
     for name, gradient in theirs.items():
         if float(gradient.abs().max()) > 1e-7:
             assert error(ours[name], gradient) < 2e-5, name
-        else:  # of a router that picks one expert, whose weight is one
-            assert float(ours[name].abs().max()) < 1e-7, name
+        else:  # of a router that picks one expert, whose weight is one; of an expert that nobody picked
+            assert name not in ours or float(ours[name].abs().max()) < 1e-7, name
 
 
 @torch.no_grad()
@@ -231,6 +231,8 @@ def test_the_scale_is_what_was_divided_by(pair: Pair) -> None:
             x = cache["resid_pre", layer] + cache["attn_out", layer]
         elif part == "ln2_sum":
             x = cache["resid_mid", layer] + cache["mlp_out", layer]
+        elif part == "norm":
+            x = cache[name.removesuffix("norm") + "hook_latent"]
         else:
             x = before_mlp(cache, layer) if part == "ln2" else cache[before[part], layer]
         x = norm.centre(x.flatten(2) if isinstance(norm, RMSNormOverHeads) else x)

@@ -114,14 +114,15 @@ class Block(Module):
             return norm(resid)  # only another thread's pass asked
         if isinstance(norm, Norm):
             self._refuse_hooks_on(norm, "per-head inputs", "hook_q_input, hook_k_input or hook_v_input")
-            norm(resid)  # for those who read the norm's own points
-            norm = norm.fused  # type: ignore[assignment]
+        whole = norm(resid)  # now, for those who read the norm's own points
+        norm = norm.fused if isinstance(norm, Norm) else norm  # type: ignore[assignment]
         group, groups = self.attn.group, self.hook_attn_in.sizes["head"]
         attn_in = self.hook_attn_in(resid.unsqueeze(2).expand(-1, -1, groups, -1))
         return HeadInputs(
             norm(self.hook_q_input(attn_in.repeat_interleave(group, 2))),
             norm(self.hook_k_input(attn_in)),
             norm(self.hook_v_input(attn_in)),
+            whole,
         )
 
     def _refuse_hooks_on(self, norm: Norm, inputs: str, instead: str) -> None:
