@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hf_reference
 import pytest
 import torch
 from folders import contents, save, tensors
@@ -189,6 +190,34 @@ def test_a_model_without_types_takes_zeros_only(shared: lk.HookedTransformer) ->
 
 
 # -- the verbs
+
+
+@torch.no_grad()
+def test_interventions_are_those_of_torchs_hooks_on_hugging_faces_model(
+    model: lk.HookedTransformer, hf: PreTrainedModel
+) -> None:
+    tokens = ids(1, 11)
+    _, cache = model.run_with_cache(tokens, ["*.hook_attn_out", "*.hook_mlp_out"])
+    places = hf_reference.looked_for(hf, tokens, cache)
+    assert len(places) == 12
+    for edited in places:
+        seen: dict[str, Tensor] = {}
+
+        def watch(name: str, act: Tensor, edited: str = edited, seen: dict[str, Tensor] = seen) -> Tensor:
+            if name == edited:
+                act = torch.cat((act[:4], -act[4:6] + 0.5, act[6:]))
+            seen[name] = act
+            return act
+
+        with hf_reference.watched(places, watch):
+            theirs = hf(tokens).logits
+        chosen = {"tokens": slice(4, 6)}
+        ops = [lk.Scale(edited, -1.0, **chosen), lk.Add(edited, 0.5, **chosen), *map(lk.Save, places)]
+        ours = model.run_with_hooks(tokens, ops)
+        assert error(ours.logits, theirs) < CLOSE, edited
+        assert error(ours.logits, model(tokens)) > 1e-3, edited
+        for name, act in seen.items():
+            assert error(ours.saved[name][0], act) < 5 * CLOSE, (edited, name)
 
 
 @torch.no_grad()
