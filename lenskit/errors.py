@@ -28,6 +28,7 @@ LenskitError
 ├── TraceError                   a trace that is used where or how it cannot record anything
 ├── NotSavedError                a value that was asked for and never saved
 ├── GenerationError              options of `generate` that make no sense or are not supported
+├── NotCausalError               an encoder that is asked to foretell what comes after a token
 └── MissingExtraError            an optional dependency that is not installed
 """
 
@@ -167,6 +168,10 @@ class NotSavedError(LenskitError, KeyError):
 
 class GenerationError(LenskitError, ValueError):
     """Options of `generate` that make no sense or are not supported."""
+
+
+class NotCausalError(LenskitError, TypeError):
+    """An encoder, whose tokens see those after them, that is asked for what takes a model whose tokens do not."""
 
 
 class MissingExtraError(LenskitError, ImportError):

@@ -153,7 +153,7 @@ class Generator:
             self.streamer.end()
 
     def _pass_steps(self, run: PassRun, batch: Batch) -> Iterator[Step]:
-        rows, (tokens, mask) = run.geometry.rows, batch
+        rows, tokens, mask = run.geometry.rows, batch.tokens, batch.mask
         cache, ids = self._cache(rows, tokens), _Ids(batch, self._past_of(rows), run.program.n_steps)
         running, steps_run = [True] * len(rows), [0] * len(rows)
         for index in range(run.program.n_steps):
@@ -287,15 +287,14 @@ def left_padded(batch: Batch) -> Batch:
     if batch.mask is None or bool(batch.mask[:, -1].all() and (batch.mask.int().diff(dim=1) >= 0).all()):
         return batch
     order = batch.mask.int().argsort(dim=1, stable=True)
-    return Batch(batch.tokens.gather(1, order), batch.mask.gather(1, order))
+    return batch.each(lambda part: part.gather(1, order))
 
 
 def repeated(batch: Batch, copies: int) -> Batch:
     """Each row so many times, next to each other."""
     if copies == 1:
         return batch
-    tokens, mask = batch
-    return Batch(tokens.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0))
+    return batch.each(lambda part: part.repeat_interleave(copies, 0))
 
 
 def checked_length(model: Decoder, batch: Batch, past: Past | None, n_steps: int | None) -> int:

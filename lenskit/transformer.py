@@ -15,14 +15,14 @@ from lenskit.checkpoints.devices import Device
 from lenskit.checkpoints.source import find
 from lenskit.generation import Generation, Generator, Step, checked_length, left_padded, repeated
 from lenskit.hooks import HookPoint
-from lenskit.inputs import Batch, Input, stream_batch, to_batch, with_mask
+from lenskit.inputs import Batch, Input, stream_batch, with_mask
 from lenskit.interventions.forward import Past, Result, check_for_cache, forward, geometry_of, prefill
 from lenskit.interventions.ops import Hook, Op
 from lenskit.interventions.plan import Plan
 from lenskit.interventions.program import Program
 from lenskit.interventions.scope import attached, on_points, on_sites
 from lenskit.interventions.sites import Site, resolve
-from lenskit.models.base import init_weights
+from lenskit.models.base import check_causal, init_weights
 from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
@@ -38,7 +38,7 @@ Hooks = Plan | Sequence[Op | Hook]  # what `hooks=` takes
 
 
 class HookedTransformer(WeightAccess, TextAccess):
-    """A transformer whose every activation is a named hook point.
+    """A transformer, decoder or encoder, whose every activation is a named hook point.
 
     Args:
         cfg: a family's config, e.g. `lenskit.models.gpt2.GPT2Config(...)`.
@@ -125,8 +125,8 @@ class HookedTransformer(WeightAccess, TextAccess):
         """Logits [batch pos d_vocab]; padding positions hold nothing meaningful.
 
         Args:
-            input: text, texts, ids, or a tokenizer's encoding; with `start_at_layer`, the residual stream
-                [batch pos d_model] that enters that layer.
+            input: text, texts, ids, or a tokenizer's encoding (whose `token_type_ids` an encoder reads); with
+                `start_at_layer`, the residual stream [batch pos d_model] that enters that layer.
             mask: [batch pos], nonzero for a row's own tokens, where `input` is a padded tensor.
             start_at_layer: the first block to run.
             stop_at_layer: the first block not to run; the stream [batch pos d_model] before it is returned.
@@ -222,8 +222,9 @@ class HookedTransformer(WeightAccess, TextAccess):
             past: what `input` continues.
 
         Raises:
-            PlanError, HookError, InputError: see `run_with_hooks`.
+            PlanError, HookError, InputError: see `run_with_hooks`. NotCausalError: the model is an encoder.
         """
+        check_causal(self, "prefill")
         batch = left_padded(self._batch(input, mask, None, past))
         return prefill(self, batch, self._plan(hooks, batch, past, self.hook_points), past)
 
@@ -278,7 +279,7 @@ class HookedTransformer(WeightAccess, TextAccess):
             unsupported: refused, each with what to do instead.
 
         Raises:
-            GenerationError: an option that makes no sense or is not supported.
+            GenerationError: an option that makes no sense or is not supported. NotCausalError: the model is an encoder.
             PlanError, HookError, InputError: see `run_with_hooks`. Nothing runs then.
         """
         given = {name: value for name, value in locals().items() if name in (*CHOICES, "generation_config")}
@@ -321,13 +322,13 @@ class HookedTransformer(WeightAccess, TextAccess):
         Raises:
             GenerationError: options that do not fit. In the block: TraceError, PlanError, at the line.
         """
-        n_steps, copies = checked(max_new_tokens, options)
+        n_steps, copies = checked(self, max_new_tokens, options)
 
         def run(batch: Batch, plan: Plan) -> Result | Generation:
             if n_steps is None:
-                return self.run_with_hooks(batch.tokens, plan, mask=batch.mask, past=past)
+                return self.run_with_hooks(batch, plan, past=past)
             given = {**options, "max_new_tokens": n_steps, "num_return_sequences": 1}  # the rows are there already
-            return self.generate(batch.tokens, hooks=plan, mask=batch.mask, past=past, **given)
+            return self.generate(batch, hooks=plan, past=past, **given)
 
         def read(given: Input) -> Batch:
             return repeated(self._batch(given, None, None, past), copies)
@@ -369,6 +370,7 @@ class HookedTransformer(WeightAccess, TextAccess):
         return_logits: bool,
     ) -> Generator:
         """A generation with everything checked."""
+        check_causal(self, "generate")
         eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
         sampling, n_steps, copies = sampling_from(
             options, options.pop("generation_config", None), {"eos_token_id": eos}
@@ -393,7 +395,5 @@ class HookedTransformer(WeightAccess, TextAccess):
     def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None, past: Past | None = None) -> Batch:
         if start_at_layer is not None:
             return stream_batch(input, mask, d_model=self.cfg.d_model)
-        batch = to_batch(
-            input, d_vocab=self.cfg.d_vocab, tokenizer=self.tokenizer, device=self.device, special_tokens=past is None
-        )
-        return batch if mask is None else with_mask(batch.tokens, mask.to(batch.tokens.device))
+        batch = self.to_tokens(input, special_tokens=past is None)
+        return batch if mask is None else batch._replace(mask=with_mask(batch.tokens, mask.to(self.device)).mask)

@@ -186,7 +186,7 @@ BUILT_IN = {
     "UnknownHookPointError": KeyError, "AxisError": ValueError, "ReplacementError": ValueError,
     "MissingExtraError": ImportError, "SelectorError": ValueError, "StepError": ValueError, "ValueFitError": ValueError,
     "ExpressionError": TypeError, "PlanFormatError": ValueError, "NotSavedError": KeyError,
-    "GenerationError": ValueError,
+    "GenerationError": ValueError, "NotCausalError": TypeError,
 }  # fmt: skip
 
 

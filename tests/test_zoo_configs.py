@@ -99,9 +99,23 @@ DEEPSEEK_V3 = {
     "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": True, "tie_word_embeddings": False,
     "topk_group": 4, "topk_method": "noaux_tc", "use_cache": True, "v_head_dim": 128, "vocab_size": 129280,
 }  # fmt: skip
+BERT = {
+    "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
+    "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+    "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute",
+    "transformers_version": "4.6.0.dev0", "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
+}  # fmt: skip
 
 # The config and some of the fields that it must become.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bert-base-uncased": (BERT, {"d_head": 64, "n_token_types": 2, "tie_embeddings": True, "n_ctx": 512}),
+    "bert-base-multilingual-cased": (
+        {**BERT, "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12,
+         "pooler_num_fc_layers": 3, "pooler_size_per_head": 128, "pooler_type": "first_token_transform",
+         "vocab_size": 119547},
+        {"d_vocab": 119547},
+    ),
     "opt-13b": (OPT, {"d_embed": 5120, "pre_norm": True, "final_norm": True, "d_mlp": 20480}),
     "opt-350m": (
         {**OPT, "do_layer_norm_before": False, "hidden_size": 1024, "word_embed_proj_dim": 512},
@@ -166,6 +180,10 @@ def test_published_configs_are_read(name: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "attributes"),
     [
+        ("bert", {"is_decoder": True}),
+        ("bert", {"add_cross_attention": True}),
+        ("bert", {"position_embedding_type": "relative_key_query"}),
+        ("bert", {"directionality": "left_to_right"}),
         ("opt", {"scale_embeddings": True}),
         ("gptj", {"rotary": False}),
         ("falcon", {"apply_residual_connection_post_layernorm": True}),

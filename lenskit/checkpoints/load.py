@@ -315,7 +315,7 @@ def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
     Raises:
         CorruptCheckpointError: it has one that cannot be loaded.
     """
-    if not list(source.folder.glob("tokenizer*")) and not (source.folder / "vocab.json").exists():
+    if not any(list(source.folder.glob(name)) for name in ("tokenizer*", "vocab.json", "vocab.txt")):
         return None
     transformers, manifest = load("transformers"), source.manifest
     try:

@@ -7,6 +7,7 @@ from lenskit.models.base import Family
 
 # Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
 MODULES = {
+    "bert": "lenskit.models.bert",
     "bloom": "lenskit.models.bloom",
     "deepseek_v3": "lenskit.models.deepseek_v3",
     "falcon": "lenskit.models.falcon",

@@ -1,15 +1,17 @@
-"""Causal self-attention, put together from parts: a query-key-value projection, rotary embeddings or none.
+"""Self-attention, put together from parts: a query-key-value projection, rotary embeddings or none.
 
-`Attention` is the plain kind and the fastest. `ExtendedAttention` takes the parts that fewer models have: norms of
-queries and keys, clipping, a soft cap, position biases, sinks.
+`Attention` is the plain kind and the fastest; `BidirectionalAttention` is the same without causality.
+`ExtendedAttention` takes the parts that fewer models have: norms of queries and keys, clipping, a soft cap, position
+biases, sinks.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenskit.hooks import HookPoint, Watch
@@ -46,7 +48,11 @@ class SelfAttention(Module):
             (Beltagy et al. 2020, arXiv 2004.05150).
         between: a subclass's parts between the projections and the rotation: points are in the order of use.
         on_scores: its parts between the scores and the pattern.
+
+    causal: whether a query sees no key that comes after it.
     """
+
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,6 +95,10 @@ class SelfAttention(Module):
         self, x: Float[Tensor, "batch pos d_model"] | HeadInputs, run: ForwardPass
     ) -> Float[Tensor, "batch pos d_model"]:
         """What attention writes to the stream (before a norm of its output, if there is one)."""
+
+    def hidden(self, run: ForwardPass) -> Bool[Tensor, "rows 1 _ key_pos"] | None:
+        """True for the keys that a query may not look at; None where it may look at all of them."""
+        return run.hidden(self.window)
 
     def _by_group(self, x: Float[Tensor, "batch head query_pos n"]) -> Float[Tensor, "batch kv_head group_query n"]:
         """A group's heads as so many more queries of its key-value head, which so is never repeated."""
@@ -179,10 +189,31 @@ class Attention(SelfAttention):
     ) -> Float[Tensor, "batch head query_pos d_value"]:
         """Attention written out, with its two hook points; the softmax in float32 at least."""
         scores = (self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1)
-        hidden = run.hidden(self.window)
+        hidden = self.hidden(run)
         scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
         pattern = self.hook_pattern(scores.softmax(-1, dtype=at_least_float32(q.dtype)).to(q.dtype))
         return (self._by_group(pattern) @ v).view(*q.shape[:3], -1)
+
+
+class BidirectionalAttention(Attention):
+    """`Attention` in which a query sees all tokens of its row, those after it as well."""
+
+    causal = False
+
+    def fused(
+        self,
+        q: Float[Tensor, "batch head query_pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        run: ForwardPass,
+    ) -> Float[Tensor, "batch head query_pos d_head"]:
+        """Attention in one kernel."""
+        bias = run.padding_bias(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=self.group > 1)
+
+    def hidden(self, run: ForwardPass) -> Bool[Tensor, "rows 1 _ key_pos"] | None:
+        """True for padding."""
+        return run.padding()
 
 
 class Softmax(Module):
@@ -301,7 +332,7 @@ class ExtendedAttention(SelfAttention):
     ) -> Float[Tensor, "batch head query_pos d_value"]:
         """Attention written out, with its two hook points."""
         scores = self.cap((self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1))
-        scores, hidden = self.position_bias(scores, run, self.window), run.hidden(self.window)
+        scores, hidden = self.position_bias(scores, run, self.window), self.hidden(run)
         scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
         pattern = self.hook_pattern(self.softmax(scores, q.dtype))
         return (self._by_group(pattern) @ v).view(*q.shape[:3], -1)
