@@ -92,6 +92,16 @@ class Unstack(Rule):
         return [stacked.mT if self.transpose else stacked]
 
 
+class Stack(Rule):
+    """Several tensors of one shape that become one parameter, [tensor ...]."""
+
+    def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [torch.stack(list(tensors))]
+
+    def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors[0].unbind(0)
+
+
 def weight(on_disk: str, ours: str, *, transpose: bool = False) -> Weight:
     """The rule for one tensor that becomes one parameter."""
     return Weight((on_disk,), (ours,), transpose)
@@ -120,6 +130,11 @@ def split(on_disk: str, ours: Sequence[str], sizes: Sequence[int]) -> Split:
 def unstack(on_disk: str, ours: Sequence[str], *, parts: int = 1, transpose: bool = False) -> Unstack:
     """The rule for the experts of a layer stacked in one tensor: see `Unstack`."""
     return Unstack((on_disk,), tuple(ours), parts, transpose)
+
+
+def stack(on_disk: Sequence[str], ours: str) -> Stack:
+    """The rule for several tensors that become one parameter: see `Stack`."""
+    return Stack(tuple(on_disk), (ours,))
 
 
 def head(tied: bool, on_disk: str = "lm_head.weight") -> Rule:

@@ -39,8 +39,20 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {**COMMON, "sliding_window": WINDOW},
     "mixtral": {**COMMON, "num_local_experts": 5, "intermediate_size": 20},
     "olmo2": COMMON,
+    "stablelm": COMMON,
+    "cohere": {**COMMON, "logit_scale": 0.7},  # their own is for a large d_model
+    "cohere2": {**COMMON, "logit_scale": 0.7, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "olmoe": {**COMMON, "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 20},
+    "qwen2_moe": {
+        **COMMON, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_moe": {
+        **COMMON, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 10,
+    },
     "gptj": {"n_embd": 36, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40, "rotary_dim": 4},
     "phi": COMMON,
+    "phi3": {**COMMON, "original_max_position_embeddings": 40},
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 59},
     "gpt_neo": {
         "hidden_size": 32, "num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local", "local"], 1]],
@@ -250,6 +262,41 @@ ROWS = [
     }, BOTH_SIDES),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    Row("default", "cohere"),
+    Row("norms of heads, biases", "cohere", {"use_qk_norm": True, "attention_bias": True}),
+    Row("untied, multi-head, another scale", "cohere", {
+        "tie_word_embeddings": False, "num_key_value_heads": 4, "logit_scale": 2.0,
+    }),
+    Row("default", "cohere2"),
+    Row("windows everywhere, biases", "cohere2", {
+        "layer_types": ["sliding_attention"] * 3, "attention_bias": True, "logit_scale": 1.5,
+    }),
+    Row("default", "stablelm"),
+    Row("parallel, norms of heads, whole rotation", "stablelm", {
+        "use_parallel_residual": True, "qk_layernorm": True, **rope("default", partial_rotary_factor=1.0),
+    }),
+    Row("biases, multi-head, half rotated, tied", "stablelm", {
+        "use_qkv_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True,
+        **rope("default", partial_rotary_factor=0.5),
+    }),
+    Row("default", "olmoe"),
+    Row("clipped, normalised, biases, multi-head", "olmoe", {
+        "clip_qkv": 0.5, "norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 4,
+    }),
+    Row("default", "qwen2_moe"),
+    Row("an MLP in some layers, normalised, no biases", "qwen2_moe", {
+        "mlp_only_layers": [2], "norm_topk_prob": True, "qkv_bias": False,
+    }),
+    Row("experts in every second layer, window, tied", "qwen2_moe", {
+        "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW, "tie_word_embeddings": True,
+    }),
+    Row("default", "qwen3_moe"),
+    Row("an MLP in some layers, normalised, biases", "qwen3_moe", {
+        "mlp_only_layers": [0], "norm_topk_prob": True, "attention_bias": True,
+    }),
+    Row("experts in every second layer, window, tied", "qwen3_moe", {
+        "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW, "tie_word_embeddings": True,
+    }),
     Row("default", "gptj"),
     Row("whole rotation, mlp width", "gptj", {"rotary_dim": 12, "n_inner": 50}),
     Row("tied, relu", "gptj", {"tie_word_embeddings": True, "activation_function": "relu"}),
@@ -257,6 +304,17 @@ ROWS = [
     Row("norms of heads", "phi", {"qk_layernorm": True}),
     Row("tied, multi-head", "phi", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     Row("whole rotation", "phi", rope("default", partial_rotary_factor=1.0)),
+    Row("default", "phi3"),
+    Row("window, multi-head, tied", "phi3", {
+        "sliding_window": WINDOW, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    }),
+    Row(
+        "longrope", "phi3", {"original_max_position_embeddings": ORIGINAL, **rope("longrope", **DIVISORS)}, BOTH_SIDES,
+    ),
+    Row("longrope, three quarters, as 4-mini", "phi3", {
+        "original_max_position_embeddings": ORIGINAL, "tie_word_embeddings": True,
+        **rope("longrope", partial_rotary_factor=0.75, **{name: d[:3] for name, d in DIVISORS.items()}),
+    }, BOTH_SIDES),
     Row("default", "bloom"),
     Row("six heads, untied", "bloom", {"hidden_size": 36, "n_head": 6, "tie_word_embeddings": False}),
     Row("default", "gpt_neo"),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity_table import CAUSAL, Row, error, hf_folder, hf_model, ids
 from torch import Tensor
-from transformers import PreTrainedModel, TextIteratorStreamer, TextStreamer
+from transformers import GenerationMixin, PreTrainedModel, TextIteratorStreamer, TextStreamer
 
 import lenskit as lk
 from lenskit.checkpoints.source import EMBEDDED
@@ -100,6 +101,8 @@ def test_greedy_is_hugging_faces_in_every_variant(row: Row, tmp_path: Path) -> N
         n = N_NEW if row.name != "full context" else row.hf["n_positions"] - length + 1
         tokens = ids(2, length, seed=1)
         hf = hf_model(folder, attention="sdpa")  # a new one: some rope types remember how long a sequence was
+        if row.length_matters:  # Phi 3's own way begins a new cache there, so that earlier tokens are computed twice
+            hf.prepare_inputs_for_generation = MethodType(GenerationMixin.prepare_inputs_for_generation, hf)
         expected = theirs(hf, tokens, max_new_tokens=n, return_dict_in_generate=True, output_logits=True)
         found = ours.generate(tokens, max_new_tokens=n, return_logits=True)
         assert found.new_tokens[0].tolist() == expected.sequences[0, length:].tolist()

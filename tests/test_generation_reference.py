@@ -143,6 +143,8 @@ def check(pair: Pair, prompts: list[list[int]], found: lk.Generation, saved: Seq
         edits = [case.edit for case in cases if case.row in (None, row)]
         expected = hf_reference.generate(pair.theirs, pair.places, prompt, N_STEPS, edits)
         for step in range(N_STEPS):
+            # A stream that an edit has made all alike is nothing to a norm without a bias: what is left is rounding.
+            assume(expected.logits[step].abs().max() > 1e-2)
             assert off(found.logits[row][step], expected.logits[step]) < CLOSE
             for name in saved:
                 theirs = expected.saved[step][name]

@@ -215,9 +215,10 @@ def test_the_stream_is_the_sum_of_what_was_written_to_it(pair: Pair) -> None:
 def test_sublayers_read_the_normalised_stream_with_its_gain(pair: Pair) -> None:
     _, cache = pair.model.run_with_cache(ids(2, LENGTH))
     for layer, block in enumerate(pair.model.blocks):
-        clip = block.attn.clip if isinstance(block.attn, ExtendedAttention) else Identity()
+        extended = block.attn if isinstance(block.attn, ExtendedAttention) else None
+        clip, clip_v = (Identity(), Identity()) if extended is None else (extended.clip, extended.clip_v)
         q, k, v = block.attn.qkv(read_by(pair, cache, layer, "ln1"))
-        for short, by_head in (("q", q), ("k", k), ("v", v)):
+        for short, by_head, clip in (("q", q, clip), ("k", k, clip), ("v", v, clip_v)):
             assert error(cache[short, layer], clip(by_head).transpose(1, 2)) < CLOSE
         mlp_out = block.ln2_post(block.mlp(read_by(pair, cache, layer, "ln2"))) * multiplier(pair)
         assert error(cache["mlp_out", layer], mlp_out) < CLOSE

@@ -9,6 +9,8 @@ from lenskit.models.base import Family
 MODULES = {
     "bert": "lenskit.models.bert",
     "bloom": "lenskit.models.bloom",
+    "cohere": "lenskit.models.cohere",
+    "cohere2": "lenskit.models.cohere2",
     "deepseek_v3": "lenskit.models.deepseek_v3",
     "falcon": "lenskit.models.falcon",
     "gemma": "lenskit.models.gemma",
@@ -26,11 +28,16 @@ MODULES = {
     "mpt": "lenskit.models.mpt",
     "olmo": "lenskit.models.olmo",
     "olmo2": "lenskit.models.olmo2",
+    "olmoe": "lenskit.models.olmoe",
     "opt": "lenskit.models.opt",
     "phi": "lenskit.models.phi",
+    "phi3": "lenskit.models.phi3",
     "qwen2": "lenskit.models.qwen2",
+    "qwen2_moe": "lenskit.models.qwen2_moe",
     "qwen3": "lenskit.models.qwen3",
+    "qwen3_moe": "lenskit.models.qwen3_moe",
     "smollm3": "lenskit.models.smollm3",
+    "stablelm": "lenskit.models.stablelm",
     "starcoder2": "lenskit.models.starcoder2",
 }
 

@@ -261,6 +261,7 @@ class ExtendedAttention(SelfAttention):
 
     Args:
         clip: limits queries, keys and values as they leave the projections, before `hook_q`, `hook_k`, `hook_v`.
+        clip_values: the same for values alone.
         q_norm, k_norm: norms (see `norms.py`) between `hook_q`, `hook_k` and the rotation, with points of their own
             (`attn.q_norm.hook_scale`, ...).
         cap: a soft cap of the scores, `cap * tanh(scores / cap)`, before the mask. No fused kernel is exact then.
@@ -281,6 +282,7 @@ class ExtendedAttention(SelfAttention):
         rotary: Rotary | None = None,
         window: int | None = None,
         clip: float | None = None,
+        clip_values: float | None = None,
         q_norm: Module | None = None,
         k_norm: Module | None = None,
         cap: float | None = None,
@@ -290,7 +292,8 @@ class ExtendedAttention(SelfAttention):
         norms = {"q_norm": q_norm or Identity(), "k_norm": k_norm or Identity()}
         softmaxes = {"softmax": softmax or Softmax()}
         super().__init__(qkv, scale=scale, bias=bias, rotary=rotary, window=window, between=norms, on_scores=softmaxes)
-        self.clip = Identity() if clip is None else Clip(clip)
+        clip_values = clip if clip_values is None else clip_values
+        self.clip, self.clip_v = (Identity() if limit is None else Clip(limit) for limit in (clip, clip_values))
         self.cap = Identity() if cap is None else SoftCap(cap)
         self.position_bias = position_bias or NoPositionBias()
         self.fusible = cap is None and softmax is None
@@ -299,7 +302,7 @@ class ExtendedAttention(SelfAttention):
         self, x: Float[Tensor, "batch pos d_model"] | HeadInputs, run: ForwardPass
     ) -> Float[Tensor, "batch pos d_model"]:
         q, k, v = self.qkv.by_head(x) if isinstance(x, HeadInputs) else self.qkv(x)
-        q, k, v = self.hook_q(self.clip(q)), self.hook_k(self.clip(k)), self.hook_v(self.clip(v))
+        q, k, v = self.hook_q(self.clip(q)), self.hook_k(self.clip(k)), self.hook_v(self.clip_v(v))
         q, k = self.q_norm(q), self.k_norm(k)
         angles = run.rotary_tables(self.rotary, q.dtype)
         q, k = self.hook_rot_q(self.rotary(q, *angles)), self.hook_rot_k(self.rotary(k, *angles))
