@@ -28,6 +28,14 @@ LenskitError
 ├── TraceError                   a trace that is used where or how it cannot record anything
 ├── NotSavedError                a value that was asked for and never saved
 ├── GenerationError              options of `generate` that make no sense or are not supported
+├── RemoteError                  a server that cannot do, or did not do, what it was asked
+│   ├── UnreachableError         no answer, however often it was asked
+│   ├── KeyRefusedError          no API key, or one that the server does not know
+│   ├── LimitError               more than the server allows: of one job, or of a key
+│   ├── NoSuchJobError           a job that is not there, or not this key's
+│   ├── JobCancelledError        the result of a job that was cancelled
+│   ├── ResultGoneError          a result that is not kept any more
+│   └── OutOfRoomError           no memory or disk left where the job ran
 └── MissingExtraError            an optional dependency that is not installed
 """
 
@@ -167,6 +175,38 @@ class NotSavedError(LenskitError, KeyError):
 
 class GenerationError(LenskitError, ValueError):
     """Options of `generate` that make no sense or are not supported."""
+
+
+class RemoteError(LenskitError, RuntimeError):
+    """A server that cannot do, or did not do, what it was asked."""
+
+
+class UnreachableError(RemoteError, ConnectionError):
+    """No answer from the server, however often it was asked."""
+
+
+class KeyRefusedError(RemoteError, PermissionError):
+    """No API key, or one that the server does not know."""
+
+
+class LimitError(RemoteError):
+    """More than the server allows: of one job, or of a key."""
+
+
+class NoSuchJobError(RemoteError, LookupError):
+    """A job that is not there, or not this key's."""
+
+
+class JobCancelledError(RemoteError):
+    """The result of a job that was cancelled."""
+
+
+class ResultGoneError(RemoteError):
+    """A result that is not kept any more."""
+
+
+class OutOfRoomError(RemoteError):
+    """No memory or disk left where the job ran."""
 
 
 class MissingExtraError(LenskitError, ImportError):
