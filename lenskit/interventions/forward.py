@@ -94,14 +94,14 @@ class Result:
         """[batch pos d_vocab] (or the stream [batch pos d_model], if stopped at a layer).
 
         Raises:
-            NotSavedError: a `Stop` ended the pass before.
+            NotSavedError: a `Stop` ended the pass before, or a server was asked to leave them out.
         """
         if self.output is None:
             raise NotSavedError(
                 "there are no logits",
-                got="a pass that a Stop ended before them",
+                got="a pass that a Stop ended before them, or a model connected with logits=False",
                 expected="a pass that reaches the unembedding",
-                fix="leave the Stop out, or look at `saved` only",
+                fix="leave the Stop or logits=False out, or look at `saved` only",
             )
         return self.output
 
