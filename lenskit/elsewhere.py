@@ -64,7 +64,6 @@ _INSTEAD = {
     "streamer": "leave it out; progress=True shows how far it is",
     "hooks": "pass hooks=[...] to each call",
     "generate_steps": "use generate with lk.Save(...), which keeps a list, one tensor a step",
-    "save_pretrained": "ask whoever runs the server for the checkpoint",
 }
 
 

@@ -33,6 +33,7 @@ LenskitError
 │   ├── KeyRefusedError          no API key, or one that the server does not know
 │   ├── LimitError               more than the server allows: of one job, or of a key
 │   ├── NoSuchJobError           a job that is not there, or not this key's
+│   ├── JobUnfinishedError       the result of a job that is not done in time
 │   ├── JobCancelledError        the result of a job that was cancelled
 │   ├── ResultGoneError          a result that is not kept any more
 │   └── OutOfRoomError           no memory or disk left where the job ran
@@ -195,6 +196,10 @@ class LimitError(RemoteError):
 
 class NoSuchJobError(RemoteError, LookupError):
     """A job that is not there, or not this key's."""
+
+
+class JobUnfinishedError(RemoteError, TimeoutError):
+    """The result of a job that is not done in the time that was given."""
 
 
 class JobCancelledError(RemoteError):

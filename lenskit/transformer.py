@@ -115,7 +115,6 @@ class HookedTransformer(WeightAccess, Preparing):
         Raises:
             CheckpointError: `dest` is in the way; nothing is written.
         """
-        refuse(save_pretrained=self.remote)
         return writing.save(
             dest,
             family=family(self.cfg.model_type, where="the config"),
