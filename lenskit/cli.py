@@ -41,12 +41,18 @@ def told_plainly(command: Callable[P, None]) -> Callable[P, None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
+            for note in getattr(interrupt, "__notes__", ()):  # such as what became of a job on a server
+                typer.echo(note, err=True)
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from interrupt
 
     return wrapped
 
 
+Remote = Annotated[
+    str | None,
+    typer.Option(help="Run it on the server at this URL. The API key is LENSKIT_API_KEY, or in the settings' file."),
+]
 Source = Annotated[str, typer.Argument(help="An embedded name, a folder, or a Hugging Face hub id.")]
 Dest = Annotated[Path, typer.Argument(help="A folder that is not there yet, or is empty.")]
 Revision = Annotated[str | None, typer.Option(help="The hub's branch, tag or commit.")]
@@ -113,6 +119,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+    remote: Remote = None,
 ) -> None:
     """Continue prompts, with interventions from a plan."""
     options = {
@@ -123,7 +130,9 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-    commands.generate(source, prompts or (), plan=plan, save=save or (), out=out, as_json=as_json, options=options)
+    commands.generate(
+        source, prompts or (), plan=plan, save=save or (), out=out, as_json=as_json, options=options, remote=remote
+    )
 
 
 @app.command()
@@ -159,6 +168,7 @@ def extract(
     device_map: Annotated[str | None, typer.Option(help="auto: spread them over the devices that there are.")] = None,
     revision: Revision = None,
     token: Token = None,
+    remote: Remote = None,
 ) -> None:
     """Continue each prompt of a file alone; keep the texts, and hidden states, in a folder."""
     options = {
@@ -186,6 +196,7 @@ def extract(
         device=device,
         device_map=device_map,
         dtype=dtype,
+        remote=remote,
     )
     typer.echo(extraction.extract(job))
 

@@ -1,5 +1,5 @@
-"""A small server for the tests of the client: it speaks the HTTP API, runs jobs with models of this process, and fails on
-demand. It is no server for anybody else: nothing is checked that a client might do wrong on purpose.
+"""A small server for the tests of the client: it speaks the HTTP API, runs jobs with models of this process, and fails
+on demand. It is no server for anybody else: nothing is checked that a client might do wrong on purpose.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ class FakeJob:
 class Fault:
     """What happens instead of an answer.
 
-    kind: "deaf" (the request is lost), "lost" (it is carried out, but its answer is lost), "half" (half the body comes),
-        or a status, with headers.
+    kind: "deaf" (the request is lost), "lost" (it is carried out, but its answer is lost), "half" (half the body
+        comes), or a status, with headers.
     """
 
     method: str
@@ -188,10 +188,6 @@ class FakeServer:
         }  # fmt: skip
 
 
-class Broken(Exception):
-    """The connection is to be closed."""
-
-
 class Handler(BaseHTTPRequestHandler):
     fake: FakeServer
     protocol_version = "HTTP/1.1"
@@ -217,9 +213,11 @@ class Handler(BaseHTTPRequestHandler):
         fault = self._fault()
         if fault is not None and isinstance(fault.kind, int):
             fix = {"error": {"type": "RemoteError", "what": "on demand", "got": "a", "expected": "b", "fix": "c"}}
-            return self._say(fault.kind, fix, fault.headers)
+            self._say(fault.kind, fix, fault.headers)
+            return
         if fault is not None and fault.kind == "deaf":
-            return self._hang_up()
+            self.close_connection = True
+            return
         try:
             status, said, extra = self._route([unquote(part) for part in path.split("/")[2:]], headers, body)
         except errors.LenskitError as error:
@@ -228,7 +226,8 @@ class Handler(BaseHTTPRequestHandler):
             status, extra = kinds.get(type(error), 404 if missing else 422), {}
             said = {"error": wire.error_to_wire(error)}
         if fault is not None and fault.kind == "lost":
-            return self._hang_up()
+            self.close_connection = True
+            return
         self._say(status, said, extra, half=fault is not None)
 
     def _fault(self) -> Fault | None:
@@ -302,11 +301,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if half else body)
-        if half:
-            self._hang_up()
-
-    def _hang_up(self) -> None:
-        self.close_connection = True
+        self.close_connection |= half
 
 
 @contextlib.contextmanager

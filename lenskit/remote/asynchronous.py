@@ -52,6 +52,10 @@ class AsyncConnection:
         """What the server has."""
         return await self._transport.run(self._talk.models())
 
+    async def describe(self, name: str) -> dict[str, Any]:
+        """One of them: the same, its hook points, and a digest of its weights."""
+        return await self._transport.run(self._talk.model(name))
+
     def job(self, id: str) -> "AsyncJob":
         """A handle of a job, also of one that another process has handed in."""
         return AsyncJob(self._talk, self._transport, id=id)

@@ -70,6 +70,14 @@ class Connection:
         """What the server has: name, family, sizes, dtype, and whether it is ready."""
         return self._transport.run(self._talk.models())
 
+    def describe(self, name: str) -> dict[str, Any]:
+        """One of them: the same, its hook points, and a digest of its weights.
+
+        Raises:
+            CheckpointNotFoundError: the server has none of that name.
+        """
+        return self._transport.run(self._talk.model(name))
+
     def job(self, id: str) -> Job:
         """A handle of a job, also of one that another process has handed in. Nothing is asked yet."""
         return Job(self._talk, self._transport, id)
