@@ -189,7 +189,8 @@ BUILT_IN = {
     "UnknownHookPointError": KeyError, "AxisError": ValueError, "ReplacementError": ValueError,
     "MissingExtraError": ImportError, "SelectorError": ValueError, "StepError": ValueError, "ValueFitError": ValueError,
     "ExpressionError": TypeError, "PlanFormatError": ValueError, "NotSavedError": KeyError,
-    "GenerationError": ValueError,
+    "GenerationError": ValueError, "UnreachableError": ConnectionError, "KeyRefusedError": PermissionError,
+    "NoSuchJobError": LookupError, "JobUnfinishedError": TimeoutError,
 }  # fmt: skip
 
 
