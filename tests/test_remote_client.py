@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import gc
 import json
 import signal
 import stat
@@ -20,6 +21,7 @@ import pytest
 import torch
 from fake_server import FakeServer, serving
 from safetensors.torch import load_file
+from test_docs import blocks, run
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, TextStreamer
 from typer.testing import CliRunner
@@ -341,9 +343,9 @@ def function(activation: Tensor, hook: lk.HookPoint) -> Tensor:
 
 def test_a_function_is_refused_and_the_op_named(gpt2: lk.HookedTransformer) -> None:
     hooks = [lk.Save(RESID), ("blocks.0.hook_mlp_out", function)]
-    for run in (gpt2.run_with_hooks, partial(gpt2.generate, max_new_tokens=2)):
+    for call in (gpt2.run_with_hooks, partial(gpt2.generate, max_new_tokens=2)):
         with pytest.raises(errors.PlanFormatError) as caught:
-            run(TEXT, hooks=hooks)
+            call(TEXT, hooks=hooks)
         assert caught.value.what.startswith("hooks[1] ('blocks.0.hook_mlp_out', function)")
         assert "lk.Act" in caught.value.fix
     with pytest.raises(errors.PlanFormatError, match=r"(?s)hooks\[0\] Save\(predicate .*a predicate on names"):
@@ -518,7 +520,7 @@ def test_a_job_is_known_by_its_id_elsewhere(connection: Any, server: FakeServer,
     expected = demo_gpt2.generate(TEXT, max_new_tokens=3)
     with lk.connect(server.url) as another:
         assert same(another.job(job.id).result(), expected)
-        assert another.jobs()[0].id == job.id
+        assert (another.jobs()[0].id, another.jobs()[0].last.state) == (job.id, "done")
         assert isinstance(another.job(connection.model("demo-gpt2", blocking=False)(TEXT).id).result(), lk.Result)
     code = f"import lenskit as lk\nprint(lk.connect({server.url!r}).job({job.id!r}).result().texts[0])"
     command = [sys.executable, "-c", code]
@@ -623,6 +625,17 @@ def test_what_the_server_has_and_what_the_key_may(connection: Any) -> None:
     assert str(connection) == f"Connection({connection.url!r})"
 
 
+def test_a_connection_that_nobody_closes_is_closed_with_its_models(server: FakeServer) -> None:
+    model = lk.connect(server.url).model("demo-gpt2")
+    gc.collect()
+    assert model(TEXT).shape == (1, 11, 1280)
+    client = model.remote._start.__self__._transport._client
+    assert not client.is_closed
+    del model
+    gc.collect()
+    assert client.is_closed
+
+
 def test_a_closed_connection_says_so(server: FakeServer) -> None:
     with lk.connect(server.url) as connection:
         model = connection.model("demo-gpt2")
@@ -668,7 +681,8 @@ def test_an_async_job_is_a_handle_too(held: FakeServer, demo_gpt2: lk.HookedTran
             assert same((await job).saved[RESID], demo_gpt2.run_with_cache(TEXT, RESID)[1][RESID])
             assert await job is await job
             assert same((await connection.job(job.id)).saved, (await job).saved)
-            assert (await connection.jobs())[0].id == job.id
+            [newest, *_] = await connection.jobs()
+            assert (newest.id, newest.last.state) == (job.id, "done")
             held.go.clear()
             cancelled = await model(TEXT).submit()
             assert (await cancelled.cancel()).state == "cancelled"
@@ -1272,3 +1286,17 @@ def test_an_interrupt_at_the_command_line_says_what_became_of_the_job(
     assert result.exit_code == 130
     assert "was cancelled at" in result.stderr
     assert result.stderr.endswith("interrupted\n")
+
+
+# -- the page about it
+
+
+def test_the_page_does_what_it_says(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_llama: lk.HookedTransformer
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    compared = sum(run(block.replace("https://lens.example.org", server.url), names) for block in blocks("remote.md"))
+    assert compared >= 11
+    for k in range(2):
+        assert torch.load(tmp_path / f"hidden_{k}.pt").shape[1] == demo_llama.cfg.d_model

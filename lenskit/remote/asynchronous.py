@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self, final
 
 from lenskit.errors import RemoteError, TraceError
+from lenskit.remote.asking import Flow
 from lenskit.remote.connection import loaded
 from lenskit.remote.jobs import Read, received
 from lenskit.remote.runner import JobRunner
@@ -61,8 +62,10 @@ class AsyncConnection:
         return AsyncJob(self._talk, self._transport, id=id)
 
     async def jobs(self, limit: int = 50) -> "list[AsyncJob]":
-        """Your jobs, the newest first."""
-        return [self.job(status.id) for status in await self._transport.run(self._talk.jobs(limit))]
+        """Your jobs, the newest first; each one's `last` says how it is."""
+        return [
+            AsyncJob(self._talk, self._transport, last=job) for job in await self._transport.run(self._talk.jobs(limit))
+        ]
 
     async def limits(self) -> dict[str, Any]:
         """What your key may do, and what of it is used."""
@@ -104,12 +107,21 @@ class AsyncJob:
     """A job that is handed in when it is awaited first, or by `submit`: what the verbs of an async model return.
 
     `await job` is its result. Where that handed it in, cancelling the task that awaits cancels the job.
+
+    last: how it was when the server last said so; None if it was not asked.
     """
 
     def __init__(
-        self, talk: Talk, transport: AsyncTransport, *, order: Order | None = None, id: str | None = None
+        self,
+        talk: Talk,
+        transport: AsyncTransport,
+        *,
+        order: Order | None = None,
+        id: str | None = None,
+        last: Status | None = None,
     ) -> None:
-        self._talk, self._transport, self._order, self._id = talk, transport, order, id
+        self._talk, self._transport, self._order, self.last = talk, transport, order, last
+        self._id = id if last is None else last.id
         self._result = list[Any]()  # at most one
 
     @property
@@ -137,12 +149,12 @@ class AsyncJob:
 
     async def status(self) -> Status:
         """How it is now."""
-        return await self._transport.run(self._talk.look(self.id))
+        return await self._said(self._talk.look(self.id))
 
     async def wait(self, timeout: float | None = None) -> Status:
         """Until it is over, or so many seconds are; how it is then. Nothing is raised where it failed."""
         await self.submit()
-        return await self._transport.run(self._talk.wait(self.id, UNWATCHED, timeout))
+        return await self._said(self._talk.wait(self.id, UNWATCHED, timeout))
 
     async def result(self, timeout: float | None = None) -> Any:
         """What the verb returns; `Job.result` says what is raised."""
@@ -160,11 +172,11 @@ class AsyncJob:
 
     async def cancel(self) -> Status:
         """End it, between two steps; how it is then. One that is over stays as it is, with its result."""
-        return await self._transport.run(self._talk.cancel(self.id))
+        return await self._said(self._talk.cancel(self.id))
 
     async def delete(self) -> Status:
         """End it, or, where it is over, have the server forget its result."""
-        return await self._transport.run(self._talk.delete(self.id))
+        return await self._said(self._talk.delete(self.id))
 
     def taken(self) -> Any:
         """For a trace, which cannot await.
@@ -188,4 +200,8 @@ class AsyncJob:
         return f"AsyncJob({self._id or 'not handed in'!r} at {self._talk.url})"
 
     def _submitted(self, status: Status) -> None:
-        self._id = status.id
+        self._id, self.last = status.id, status
+
+    async def _said(self, flow: Flow[Status]) -> Status:
+        self.last = await self._transport.run(flow)
+        return self.last

@@ -83,8 +83,9 @@ class Connection:
         return Job(self._talk, self._transport, id)
 
     def jobs(self, limit: int = 50) -> list[Job]:
-        """Your jobs, the newest first."""
-        return [self.job(status.id) for status in self._transport.run(self._talk.jobs(limit))]
+        """Your jobs, the newest first; each one's `last` says how it is."""
+        found = self._transport.run(self._talk.jobs(limit))
+        return [Job(self._talk, self._transport, status.id, last=status) for status in found]
 
     def limits(self) -> dict[str, Any]:
         """What your key may do, and what of it is used."""
@@ -124,7 +125,7 @@ class Connection:
 
     def _submit(self, order: Order) -> Job:
         status = self._transport.run(self._talk.submit(order))
-        return Job(self._talk, self._transport, status.id, order.read)
+        return Job(self._talk, self._transport, status.id, read=order.read, last=status)
 
 
 def loaded(found: Structure, name: str, url: str, runner: JobRunner) -> HookedTransformer:

@@ -24,10 +24,13 @@ class Job:
     `await job` gives its result as well, without holding up other tasks.
 
     id: names it, also in another process: `lk.connect(url).job(id)`.
+    last: how it was when the server last said so; None if it was not asked.
     """
 
-    def __init__(self, talk: Talk, transport: Transport, id: str, read: Read | None = None) -> None:
-        self.id = id
+    def __init__(
+        self, talk: Talk, transport: Transport, id: str, *, read: Read | None = None, last: Status | None = None
+    ) -> None:
+        self.id, self.last = id, last
         self._talk, self._transport, self._read = talk, transport, read
         self._result = list[Any]()  # at most one
 
@@ -37,7 +40,7 @@ class Job:
         Raises:
             NoSuchJobError: the server does not know it, or it is another key's.
         """
-        return self._transport.run(self._talk.look(self.id))
+        return self._said(self._talk.look(self.id))
 
     def wait(self, timeout: float | None = None, *, progress: bool | None = None) -> Status:
         """Until it is over, or so many seconds are; how it is then. Nothing is raised where it failed.
@@ -46,7 +49,7 @@ class Job:
             timeout: None for as long as it takes.
             progress: a line that says how far it is; None shows one at a terminal.
         """
-        return self._transport.run(self._talk.wait(self.id, watch_for(progress), timeout))
+        return self._said(self._talk.wait(self.id, watch_for(progress), timeout))
 
     def result(self, timeout: float | None = None, *, progress: bool | None = None) -> Any:
         """What the verb that made it returns, waited for. From another process: a `Result` or a `Generation`.
@@ -68,11 +71,15 @@ class Job:
 
     def cancel(self) -> Status:
         """End it, between two steps; how it is then. One that is over stays as it is, with its result."""
-        return self._transport.run(self._talk.cancel(self.id))
+        return self._said(self._talk.cancel(self.id))
 
     def delete(self) -> Status:
         """End it, or, where it is over, have the server forget its result."""
-        return self._transport.run(self._talk.delete(self.id))
+        return self._said(self._talk.delete(self.id))
+
+    def _said(self, flow: Flow[Status]) -> Status:
+        self.last = self._transport.run(flow)
+        return self.last
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self._awaited().__await__()
@@ -84,7 +91,8 @@ class Job:
         return await asyncio.to_thread(self.result, progress=False)
 
     def __repr__(self) -> str:
-        return f"Job({self.id!r} at {self._talk.url})"
+        state = "" if self.last is None else f", {self.last}"
+        return f"Job({self.id!r} at {self._talk.url}{state})"
 
 
 def received(

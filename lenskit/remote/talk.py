@@ -54,11 +54,7 @@ class Talk:
             submitted: told the job, once it is handed in.
         """
         try:
-            try:
-                job = yield from self.submit(order, watch)
-            except INTERRUPTS as interrupt:
-                yield from self._take_back(order, interrupt)
-                raise
+            job = yield from self.submit(order, watch)
             submitted(job)
             try:
                 body = yield from self._fetch(job.id, watch)
@@ -70,8 +66,12 @@ class Talk:
         return order.read(body)
 
     def submit(self, order: Order, watch: Watch = UNWATCHED) -> Flow[Status]:
-        """Hand in a job."""
-        return Status.of((yield from self._asking.json(_handed_in(order), watch)))
+        """Hand in a job; an interrupt takes it back."""
+        try:
+            return Status.of((yield from self._asking.json(_handed_in(order), watch)))
+        except INTERRUPTS as interrupt:
+            yield from self._take_back(order, interrupt)
+            raise
 
     def look(self, job: str) -> Flow[Status]:
         """How a job is."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, final
+from weakref import finalize
 
 from lenskit.errors import RemoteError
 from lenskit.extras import load
@@ -27,6 +28,7 @@ class Transport:
 
     def __init__(self, settings: Settings) -> None:
         self._client: httpx2.Client = load("httpx2").Client(**_options(settings))
+        self._closing = finalize(self, self._client.close)  # where nobody does: lk.connect(url).model(name)
 
     def run(self, flow: Flow[T]) -> T:
         """What comes of a flow."""
@@ -59,7 +61,7 @@ class Transport:
 
     def close(self) -> None:
         """Close all connections."""
-        self._client.close()
+        self._closing()
 
 
 @final
