@@ -113,7 +113,7 @@ class Preparing(TextAccess):
         eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
         sampling, n_steps, copies = sampling_from(given, options.get("generation_config"), {"eos_token_id": eos})
         sampling.check(self.cfg.d_vocab)
-        batch = repeated(left_padded(self._batch(prompts, mask, None, past)), copies)
+        batch = repeated(left_padded(self.batch(prompts, mask, past=past)), copies)
         past = None if past is None else past.repeated(copies)
         n_steps = checked_length(self, batch, past, n_steps)
         plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
@@ -128,6 +128,22 @@ class Preparing(TextAccess):
             pad=(*([] if self.tokenizer is None else [self.tokenizer.pad_token_id or 0]), *eos, 0)[0],
         )
 
+    def generator(
+        self,
+        prompts: Input,
+        *,
+        hooks: Hooks = (),
+        mask: Tensor | None = None,
+        past: Past | None = None,
+        streamer: Any = None,
+        progress: bool | None = None,
+        return_logits: bool = False,
+        **options: Any,
+    ) -> Generator:
+        """A generation that is ready to run here; arguments as `HookedTransformer.generate`'s."""
+        ready = self.prepared(prompts, hooks, options, mask=mask, past=past)
+        return ready.generator(streamer=streamer, show=progress, return_logits=return_logits)
+
     def _program(
         self, hooks: Hooks, batch: Batch, past: Past | None, points: Mapping[str, HookPoint], n_steps: int | None = None
     ) -> Program:
@@ -135,7 +151,10 @@ class Preparing(TextAccess):
         plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
         return plan.compile(self, points, geometry_of(batch, past), n_steps=n_steps)
 
-    def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None, past: Past | None = None) -> Batch:
+    def batch(
+        self, input: Input, mask: Tensor | None = None, *, start_at_layer: int | None = None, past: Past | None = None
+    ) -> Batch:
+        """What the verbs make of an input: ids [batch pos] and their mask; arguments as `run_with_hooks`'s."""
         if start_at_layer is not None:
             return stream_batch(input, mask, d_model=self.cfg.d_model)
         batch = to_batch(

@@ -150,9 +150,9 @@ class HookedTransformer(WeightAccess, Preparing):
         """
         if self.remote is not None:
             refuse(start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
-            batch = self._batch(input, mask, None)
+            batch = self.batch(input, mask)
             return self.remote.forward(self, batch, Plan(), make=attrgetter("logits"), logits=True)
-        batch = self._batch(input, mask, start_at_layer)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer)
         return self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
 
     def run_with_hooks(
@@ -185,7 +185,7 @@ class HookedTransformer(WeightAccess, Preparing):
         layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
         if self.remote is not None:
             refuse(bwd_hooks=bwd_hooks, past=past, **layers)
-        batch = self._batch(input, mask, start_at_layer, past)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer, past=past)
         points = self.points_between(start_at_layer, stop_at_layer)
         plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
         program = self._program(plan, batch, past, points)
@@ -232,7 +232,7 @@ class HookedTransformer(WeightAccess, Preparing):
         layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
         if self.remote is not None:
             refuse(grad=grad, past=past, **layers)
-        batch = self._batch(input, mask, start_at_layer, past)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer, past=past)
         running = self.points_between(start_at_layer, stop_at_layer)
         points = [p for p in running.values() if not p.on_demand] if names is None else resolve(names, running)
         plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
@@ -258,7 +258,7 @@ class HookedTransformer(WeightAccess, Preparing):
             PlanError, HookError, InputError: see `run_with_hooks`.
         """
         refuse(prefill=self.remote)
-        batch = left_padded(self._batch(input, mask, None, past))
+        batch = left_padded(self.batch(input, mask, past=past))
         return prefill(self, batch, self._program(hooks, batch, past, self.hook_points), past)
 
     def generate(
@@ -318,30 +318,20 @@ class HookedTransformer(WeightAccess, Preparing):
         given = {name: value for name, value in locals().items() if name in (*CHOICES, "generation_config")}
         if self.remote is not None:
             refuse(past=past, streamer=streamer)
-        ready = self.prepared(prompts, hooks, {**given, **unsupported}, mask=mask, past=past)
-        if self.remote is not None:
+            ready = self.prepared(prompts, hooks, {**given, **unsupported}, mask=mask)
             asked = self, ready.batch, ready.plan, ready.options()
             return self.remote.generate(*asked, return_logits=return_logits, progress=progress)
-        return ready.generator(streamer=streamer, show=progress, return_logits=return_logits).run()
+        how = {"hooks": hooks, "mask": mask, "past": past, "streamer": streamer, "return_logits": return_logits}
+        return self.generator(prompts, progress=progress, **how, **given, **unsupported).run()
 
-    def generate_steps(
-        self,
-        prompts: Input,
-        *,
-        hooks: Hooks = (),
-        past: Past | None = None,
-        streamer: Any = None,
-        return_logits: bool = False,
-        mask: Tensor | None = None,
-        **options: Any,
-    ) -> Iterator[Step]:
+    def generate_steps(self, prompts: Input, **options: Any) -> Iterator[Step]:
         """`generate`, one step at a time: each `Step` has its tokens and what was saved in it, as soon as it ran.
 
-        All is checked at the call. Between steps nothing is attached; the iterator may be closed at any moment.
+        All is checked at the call; options are `generate`'s. Between steps nothing is attached; the iterator may be
+        closed at any moment.
         """
         refuse(generate_steps=self.remote)
-        ready = self.prepared(prompts, hooks, options, mask=mask, past=past)
-        return ready.generator(streamer=streamer, show=False, return_logits=return_logits).steps()
+        return self.generator(prompts, **options).steps()
 
     def trace(
         self,
@@ -372,7 +362,7 @@ class HookedTransformer(WeightAccess, Preparing):
             return self.generate(batch.tokens, hooks=plan, mask=batch.mask, past=past, **given)
 
         def read(given: Input) -> Batch:
-            return repeated(self._batch(given, None, None, past), copies)
+            return repeated(self.batch(given, past=past), copies)
 
         return Trace(self, read=read, run=run, text=self.to_string, n_steps=n_steps, prompt=prompt, past=past)
 
@@ -389,6 +379,6 @@ class HookedTransformer(WeightAccess, Preparing):
 
     def shapes(self, input: Input, mask: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Every hook point's shape for an input, without computing anything."""
-        rows, pos = self._batch(input, mask, None).tokens.shape
+        rows, pos = self.batch(input, mask).tokens.shape
         sizes = {"batch": rows, "pos": pos, "query_pos": pos, "key_pos": pos}
         return {name: point.shape(**sizes) for name, point in self.hook_points.items()}
