@@ -134,7 +134,7 @@ class HookedTransformer(WeightAccess, TextAccess):
         Raises:
             InputError: the input is none that the model can take.
         """
-        batch = self._batch(input, mask, start_at_layer)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer)
         return self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
 
     def run_with_hooks(
@@ -164,7 +164,7 @@ class HookedTransformer(WeightAccess, TextAccess):
             PlanError, HookError: an op cannot be carried out, a site matches nothing; nothing runs then.
             ReplacementError: a function returned something of another shape, dtype or device.
         """
-        batch = self._batch(input, mask, start_at_layer, past)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer, past=past)
         points = self.points_between(start_at_layer, stop_at_layer)
         program = self._plan(hooks, batch, past, points)
         gradients = on_sites(bwd_hooks, points, "grad")
@@ -201,7 +201,7 @@ class HookedTransformer(WeightAccess, TextAccess):
         def keep(activation: Tensor, hook: HookPoint) -> None:
             kept[hook.name] = activation if device is None else activation.to(device)
 
-        batch = self._batch(input, mask, start_at_layer, past)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer, past=past)
         running = self.points_between(start_at_layer, stop_at_layer)
         points = [p for p in running.values() if not p.on_demand] if names is None else resolve(names, running)
         program = self._plan(hooks, batch, past, running)
@@ -224,7 +224,7 @@ class HookedTransformer(WeightAccess, TextAccess):
         Raises:
             PlanError, HookError, InputError: see `run_with_hooks`.
         """
-        batch = left_padded(self._batch(input, mask, None, past))
+        batch = left_padded(self.batch(input, mask, past=past))
         return prefill(self, batch, self._plan(hooks, batch, past, self.hook_points), past)
 
     def generate(
@@ -282,26 +282,16 @@ class HookedTransformer(WeightAccess, TextAccess):
             PlanError, HookError, InputError: see `run_with_hooks`. Nothing runs then.
         """
         given = {name: value for name, value in locals().items() if name in (*CHOICES, "generation_config")}
-        return self._generator(
-            {**given, **unsupported}, prompts, hooks, mask, past, streamer, progress, return_logits
-        ).run()
+        ready = {"hooks": hooks, "mask": mask, "past": past, "streamer": streamer, "return_logits": return_logits}
+        return self.generator(prompts, progress=progress, **ready, **given, **unsupported).run()
 
-    def generate_steps(
-        self,
-        prompts: Input,
-        *,
-        hooks: Hooks = (),
-        past: Past | None = None,
-        streamer: Any = None,
-        return_logits: bool = False,
-        mask: Tensor | None = None,
-        **options: Any,
-    ) -> Iterator[Step]:
+    def generate_steps(self, prompts: Input, **options: Any) -> Iterator[Step]:
         """`generate`, one step at a time: each `Step` has its tokens and what was saved in it, as soon as it ran.
 
-        All is checked at the call. Between steps nothing is attached; the iterator may be closed at any moment.
+        All is checked at the call; options are `generate`'s. Between steps nothing is attached; the iterator may be
+        closed at any moment.
         """
-        return self._generator(options, prompts, hooks, mask, past, streamer, False, return_logits).steps()
+        return self.generator(prompts, **options).steps()
 
     def trace(
         self,
@@ -330,7 +320,7 @@ class HookedTransformer(WeightAccess, TextAccess):
             return self.generate(batch.tokens, hooks=plan, mask=batch.mask, past=past, **given)
 
         def read(given: Input) -> Batch:
-            return repeated(self._batch(given, None, None, past), copies)
+            return repeated(self.batch(given, past=past), copies)
 
         return Trace(self, read=read, run=run, text=self.to_string, n_steps=n_steps, prompt=prompt, past=past)
 
@@ -346,7 +336,7 @@ class HookedTransformer(WeightAccess, TextAccess):
 
     def shapes(self, input: Input, mask: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Every hook point's shape for an input, without computing anything."""
-        rows, pos = self._batch(input, mask, None).tokens.shape
+        rows, pos = self.batch(input, mask).tokens.shape
         sizes = {"batch": rows, "pos": pos, "query_pos": pos, "key_pos": pos}
         return {name: point.shape(**sizes) for name, point in self.hook_points.items()}
 
@@ -357,24 +347,24 @@ class HookedTransformer(WeightAccess, TextAccess):
         plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
         return plan.compile(self, points, geometry_of(batch, past), n_steps=n_steps)
 
-    def _generator(
+    def generator(
         self,
-        options: dict[str, Any],
         prompts: Input,
-        hooks: Hooks,
-        mask: Tensor | None,
-        past: Past | None,
-        streamer: Any,
-        show: bool | None,
-        return_logits: bool,
+        *,
+        hooks: Hooks = (),
+        mask: Tensor | None = None,
+        past: Past | None = None,
+        streamer: Any = None,
+        progress: bool | None = None,
+        return_logits: bool = False,
+        generation_config: Any = None,
+        **options: Any,
     ) -> Generator:
-        """A generation with everything checked."""
+        """A generation that is ready to run: everything is checked; arguments as `generate`'s."""
         eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
-        sampling, n_steps, copies = sampling_from(
-            options, options.pop("generation_config", None), {"eos_token_id": eos}
-        )
+        sampling, n_steps, copies = sampling_from(options, generation_config, {"eos_token_id": eos})
         sampling.check(self.cfg.d_vocab)
-        batch = repeated(left_padded(self._batch(prompts, mask, None, past)), copies)
+        batch = repeated(left_padded(self.batch(prompts, mask, past=past)), copies)
         past = None if past is None else past.repeated(copies)
         n_steps = checked_length(self, batch, past, n_steps)
         pad = (*([] if self.tokenizer is None else [self.tokenizer.pad_token_id or 0]), *eos, 0)[0]
@@ -385,12 +375,15 @@ class HookedTransformer(WeightAccess, TextAccess):
             chooser=sampling.chooser(tokenizer=self.tokenizer, device=batch.tokens.device, pad=pad),
             past=past,
             streamer=streamer,
-            show=show,
+            show=progress,
             return_logits=return_logits,
             decode=None if self.tokenizer is None else self.to_string,
         )
 
-    def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None, past: Past | None = None) -> Batch:
+    def batch(
+        self, input: Input, mask: Tensor | None = None, *, start_at_layer: int | None = None, past: Past | None = None
+    ) -> Batch:
+        """What the verbs make of an input: ids [batch pos] and their mask; arguments as `run_with_hooks`'s."""
         if start_at_layer is not None:
             return stream_batch(input, mask, d_model=self.cfg.d_model)
         batch = to_batch(
