@@ -69,6 +69,26 @@ class Attachment:
     thread: int
 
 
+class Watch:
+    """Whether anything is attached to any of some points: one look, for a module that computes more if so.
+
+    used: whether so, in any thread; `attach` and `detach` keep it.
+    """
+
+    def __init__(self, *points: "HookPoint") -> None:
+        self.points, self.used = points, False
+        for point in points:
+            point.watch = self
+
+    def look(self) -> None:
+        """Again, after something left."""
+        self.used = any(point.attachments is not None for point in self.points)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's points have no attachments."""
+        return {"points": self.points, "used": False}
+
+
 class HookPoint(Recorded):
     """An identity that names an activation.
 
@@ -101,6 +121,7 @@ class HookPoint(Recorded):
         self.axes = tuple(axes.split())
         self.sizes = {"1": 1, **sizes}
         self.on_demand, self.statistic, self.whole_numbers = on_demand, statistic, whole_numbers
+        self.watch: Watch | None = None  # where its module looks at several points at once
         self.attachments = None  # None rather than an empty tuple: the cheapest check there is
         self.swap = tuple(self.axes.index(axis) for axis in swapped) if swapped else None
 
@@ -213,21 +234,38 @@ class HookPoint(Recorded):
         return " ".join(self.axes) + (", on demand" if self.on_demand else "")
 
 
+_n_attached = 0
+
+
+def nothing_attached() -> bool:
+    """Whether no point of any model has a function on it."""
+    return _n_attached == 0
+
+
 def attach(attachments: Iterable[tuple[HookPoint, Attachment]]) -> None:
     """Put functions on points, each after those that are there."""
+    global _n_attached
     with _LOCK:
         for point, attachment in attachments:
             there = point.attachments
+            _n_attached += 1
             # Straight into __dict__: torch's __setattr__ looks for parameters first, which takes 2 us.
             point.__dict__["attachments"] = (attachment,) if there is None else (*there, attachment)
+            if point.watch is not None:
+                point.watch.used = True
 
 
 def detach(attachments: Iterable[tuple[HookPoint, Attachment]]) -> None:
     """Take these off, whatever else has come or gone; what is not there does not matter."""
+    global _n_attached
     with _LOCK:
         for point, attachment in attachments:
-            left = tuple(other for other in point.attachments or () if other is not attachment)
+            there = point.attachments or ()
+            left = tuple(other for other in there if other is not attachment)
+            _n_attached -= len(there) - len(left)
             point.__dict__["attachments"] = left or None
+            if point.watch is not None:
+                point.watch.look()
 
 
 def _run(point: HookPoint, x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Under torch.compile: the same numbers from one graph, and hooks that come and go as if nothing was compiled."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -185,3 +187,30 @@ def test_the_default_backend(model: lk.HookedTransformer) -> None:
     with model.hooks([("blocks.1.hook_mlp_out", turn)]):
         assert error(hooked(TOKENS), model.run_with_hooks(TOKENS).logits) < CLOSE
     assert error(hooked(TOKENS), model(TOKENS)) < CLOSE
+
+
+FIRST_HOOK = """
+import torch, lenskit as lk
+model = lk.HookedTransformer.from_pretrained("demo-llama")
+compiled, mlp, ran = torch.compile(model, backend="eager"), model.blocks[1].mlp, []
+note = lambda module, *_: ran.append(module) if module is mlp else None
+with torch.no_grad():
+    {register}
+    compiled(torch.arange(8)[None])
+assert ran == [mlp], ran
+"""
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "compiled(torch.arange(8)[None]); mlp.register_forward_hook(note)",
+        "torch.nn.modules.module.register_module_forward_hook(note)",
+    ],
+    ids=["a module's, later", "all modules', before"],
+)
+def test_the_first_torch_hook_of_a_process_is_noticed(register: str) -> None:
+    """In a process of its own: the compiler's guards find a module by its name, of which there is one here only."""
+    script = FIRST_HOOK.format(register=register)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -565,6 +565,25 @@ def test_torchs_hooks_of_every_kind_run(new_import: ModuleType, kind: str) -> No
     assert ran == [mlp]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("whose", ["a module's", "a class's", "a copied module's", "an unpickled module's"])
+def test_another_forward_is_what_runs(new_import: ModuleType, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """accelerate gives modules a forward of their own; a class may be given another."""
+    model = new_import.HookedTransformer.from_pretrained("demo-llama")
+    model(TEXT)
+    mlp = model.blocks[1].mlp
+    silenced = model.run_with_hooks(TEXT, [("blocks.1.hook_mlp_out", lambda act, _: 0 * act)]).logits
+    if whose == "a class's":
+        forward = type(mlp).forward
+        monkeypatch.setattr(type(mlp), "forward", lambda self, x: forward(self, x) * (self is not mlp))
+    elif whose == "a module's":
+        monkeypatch.setattr(mlp, "forward", torch.zeros_like)
+    else:
+        vars(mlp)["forward"] = torch.zeros_like
+        model.blocks[1].mlp = copy.deepcopy(mlp) if whose == "a copied module's" else pickle.loads(pickle.dumps(mlp))
+    assert torch.equal(model(TEXT), silenced)
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch's own, for the embedding
 def test_torchs_hooks_of_all_modules_run(new_import: ModuleType, kind: str) -> None:

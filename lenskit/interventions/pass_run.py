@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lenskit.errors import LenskitError, StepError
-from lenskit.hooks import THREAD, Attachment, HookFunction, HookPoint, attach, detach
+from lenskit.hooks import THREAD, Attachment, HookFunction, HookPoint, attach, detach, nothing_attached
 from lenskit.interventions.actions import CHANGES, Action, Stopped, calling, chain, check_fit, snapshot, stop
 from lenskit.interventions.execution import Execution
 from lenskit.interventions.expressions import Expression, Leaf, evaluate, is_python
@@ -99,7 +99,7 @@ class PassRun:
         """Whether no Python function will see an activation: this program's, or one that is attached by others now."""
         if self._functions or torch_hooks_are_used():
             return False
-        return all(point.attachments is None for point in self.program.points.values())
+        return nothing_attached() or all(point.attachments is None for point in self.program.points.values())
 
     def where(self) -> str:
         """The present step and its prompts, for a note on an error."""

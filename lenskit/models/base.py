@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lenskit.errors import HookConflictError, InputError
-from lenskit.hooks import THREAD, HookPoint
+from lenskit.hooks import THREAD, HookPoint, Watch
 from lenskit.models.config import DecoderConfig
 from lenskit.modules.attention import SelfAttention
 from lenskit.modules.forward_pass import ForwardPass
@@ -76,6 +76,7 @@ class Block(Module):
         self.ln1 = ln1 or Identity()  # runs before the inputs by head, for those who read its points
         self.hook_attn_in, self.hook_q_input = per_head(groups), per_head(cfg.n_heads)
         self.hook_k_input, self.hook_v_input = per_head(groups), per_head(groups)
+        self.watch = Watch(self.hook_attn_in, self.hook_q_input, self.hook_k_input, self.hook_v_input)
         self.attn = attn
         self.ln1_post = ln1_post or Identity()
         self.hook_attn_out = stream()
@@ -94,14 +95,7 @@ class Block(Module):
 
     def read(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | HeadInputs:
         """What attention reads of the stream: its norm, or the norm of a copy for each head if asked for."""
-        if (
-            self.hook_attn_in.attachments is None
-            and self.hook_q_input.attachments is None
-            and self.hook_k_input.attachments is None
-            and self.hook_v_input.attachments is None
-        ):
-            return self.ln1(resid)
-        return self._read_by_head(resid)
+        return self._read_by_head(resid) if self.watch.used else self.ln1(resid)
 
     def read_both(self, resid: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor | HeadInputs, Tensor]:
         """What attention reads, and what the MLP reads, where both read ln1's output; the MLP's is hooked as usual."""
@@ -266,7 +260,7 @@ class Decoder(Module):
         if run.n_logits is None or run.n_logits >= run.n_tokens:
             return norm(resid)
         first = run.n_tokens - run.n_logits
-        if isinstance(norm, Norm) and norm.unused:
+        if isinstance(norm, Norm) and not norm.watch.used:
             return norm(resid.narrow(1, first, run.n_logits))
         return norm(resid).narrow(1, first, run.n_logits)  # somebody looks at all positions
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lenskit.hooks import HookPoint
+from lenskit.hooks import HookPoint, Watch
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Linear, SoftCap, bias_view
 from lenskit.modules.module import Identity, Module, at_least_float32, empty
@@ -75,6 +75,7 @@ class SelfAttention(Module):
         self.hook_rot_k: HookPoint | Identity = heads(n_key_value_heads) if rotary else Identity()
         self.hook_attn_scores = HookPoint("batch head query_pos key_pos", head=n_heads)
         self.hook_pattern = HookPoint("batch head query_pos key_pos", head=n_heads)
+        self.watch = Watch(self.hook_attn_scores, self.hook_pattern)
         self.hook_z = HookPoint("batch pos head d_head", head=n_heads, d_head=d_head)
         self.hook_result = HookPoint("batch pos head d_model", on_demand=True, head=n_heads, d_model=d_model)
         self.o = Linear(n_heads * d_head, d_model, bias=bias)
@@ -144,10 +145,7 @@ class Attention(SelfAttention):
         q, k = self.hook_rot_q(self.rotary(q, *angles)), self.hook_rot_k(self.rotary(k, *angles))
         if run.cache is not None:
             k, v = run.cache.extend(self.hook_k.name, k, v, self.window)
-        if self.hook_attn_scores.attachments is None and self.hook_pattern.attachments is None:
-            z = self.fused(q, k, v, run)
-        else:
-            z = self.explicit(q, k, v, run)
+        z = self.explicit(q, k, v, run) if self.watch.used else self.fused(q, k, v, run)
         return self.project(self.hook_z(z.transpose(1, 2)))
 
     def fused(
@@ -268,10 +266,8 @@ class ExtendedAttention(SelfAttention):
         q, k = self.hook_rot_q(self.rotary(q, *angles)), self.hook_rot_k(self.rotary(k, *angles))
         if run.cache is not None:
             k, v = run.cache.extend(self.hook_k.name, k, v, self.window)
-        if self.fusible and self.hook_attn_scores.attachments is None and self.hook_pattern.attachments is None:
-            z = self.fused(q, k, v, run)
-        else:
-            z = self.explicit(q, k, v, run)
+        fused = self.fusible and not self.watch.used
+        z = self.fused(q, k, v, run) if fused else self.explicit(q, k, v, run)
         return self.project(self.hook_z(z.transpose(1, 2)))
 
     def fused(

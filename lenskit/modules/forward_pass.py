@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lenskit.modules.kv_cache import KVCache, first_seen
+from lenskit.modules.module import look_at_classes
 
 
 class HasTables(Protocol):
@@ -45,6 +46,7 @@ class ForwardPass:
         prompts: Sequence[int] | None = None,
         n_logits: int | None = None,
     ) -> None:
+        look_at_classes()
         self.n_tokens, self.mask, self.cache = n_tokens, mask, cache
         self.step, self.prompts, self.n_logits = step, prompts, n_logits
         self.n_past = 0 if cache is None else cache.length  # columns before this pass

@@ -31,6 +31,7 @@ class Layer:
 
     def __init__(self, k: Tensor, v: Tensor, *, origin: int, window: int | None, writable: bool) -> None:
         self.k, self.v, self.origin, self.window, self.writable = k, v, origin, window, writable
+        self.inference = k.is_inference()  # made in inference mode, a buffer can be written in no other
         self.n_slots = k.shape[2]
         self.end = origin + self.n_slots if writable else origin
         # What as_strided needs, looked up once: a step asks for four views a layer.
@@ -42,8 +43,7 @@ class Layer:
         cls, k: Tensor, v: Tensor, n_slots: int, *, origin: int, window: int | None, rows: int | None = None
     ) -> "Layer":
         """New buffers for keys and values like these, with as many rows unless told otherwise."""
-        with torch.inference_mode(False):  # they outlive the caller's mode
-            k, v = (x.new_empty(x.shape[0] if rows is None else rows, x.shape[1], n_slots, x.shape[3]) for x in (k, v))
+        k, v = (x.new_empty(x.shape[0] if rows is None else rows, x.shape[1], n_slots, x.shape[3]) for x in (k, v))
         return cls(k, v, origin=origin, window=window, writable=True)
 
     def get(self, first: int, end: int) -> tuple[Tensor, Tensor]:
@@ -57,6 +57,12 @@ class Layer:
             self.v.as_strided((rows, heads, n, d_v), self._v_strides, start * d_v),
         )
 
+    @property
+    def open(self) -> bool:
+        """Whether there are buffers that can be written now: their mode is this one, and no graph will hold them."""
+        in_mode = torch.is_inference_mode_enabled() or not self.inference
+        return self.writable and in_mode and not torch.is_grad_enabled()
+
     def put(self, first: int, k: Tensor, v: Tensor) -> None:
         """Write columns, from `first` on."""
         k_slots, v_slots = self.get(first, first + k.shape[2])
@@ -69,7 +75,7 @@ class Layer:
         None if n_slots from there on would not fit, or a column would be written over before it is read: unless
         each move frees half the buffer, there could be one a step.
         """
-        if not self.writable or n_slots > self.n_slots or first - self.origin < end - first:
+        if not self.open or n_slots > self.n_slots or first - self.origin < end - first:
             return None
         front = Layer(self.k, self.v, origin=first, window=self.window, writable=True)
         front.put(first, *self.get(first, end))
@@ -154,7 +160,7 @@ class KVCache:
         first, layer = first_seen(past, window), self._layers.get(name)
         if self._after:
             self._after.pop(name, None)  # of a pass that failed
-        if layer is None or not past or first < layer.origin or end > layer.end or torch.is_grad_enabled():
+        if layer is None or not past or first < layer.origin or end > layer.end or not layer.open:
             return self._make_room(name, k, v, first, window)
         layer.put(past, k, v)
         return layer.get(first, end)
@@ -228,7 +234,7 @@ class KVCache:
             return self._keep_last(name, layer, k, v, first, window)
         roomier = None if layer is None else layer.moved(first, past, end - first)
         if roomier is None:
-            doubled = 2 * layer.n_slots if layer is not None and layer.writable else 0
+            doubled = 2 * layer.n_slots if layer is not None and layer.open else 0
             n_slots = max(end - first, self.capacity - first, doubled)
             n_slots = n_slots if window is None else min(n_slots, 2 * window)
             roomier = Layer.room(k, v, n_slots, origin=first, window=window)

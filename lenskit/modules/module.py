@@ -8,6 +8,7 @@ torch.nn's behaviour and pays about a tenth of that.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -22,15 +23,26 @@ from torch.nn.modules.module import (
 from lenskit.errors import LenskitError
 from lenskit.recording import Recorded
 
-# Whether a call may be more than a call of `forward`, because anybody ever registered one of torch's own hooks on a
-# `Module`, or made a `Symbol`: one look, where torch takes eight a call.
+# The classes whose call is their `forward` and nothing else. There are none any more once a call may be more than that:
+# anybody registered one of torch's own hooks on a `Module`, gave one a `forward` of its own, or made a `Symbol`.
+_plain: list[type["Module"]] = []
+_LOCK = Lock()
 _calls_need_a_closer_look = False
 _torch_hooks_are_used = False
 
 
+def _look_closer() -> None:
+    global _calls_need_a_closer_look
+    with _LOCK:
+        _calls_need_a_closer_look = True
+        while _plain:
+            del _plain.pop().__call__  # which leaves `Module.__call__`
+
+
 def _notice() -> None:
-    global _torch_hooks_are_used, _calls_need_a_closer_look
-    _torch_hooks_are_used = _calls_need_a_closer_look = True
+    global _torch_hooks_are_used
+    _torch_hooks_are_used = True
+    _look_closer()
 
 
 def _noticed(name: str) -> Any:
@@ -47,8 +59,8 @@ class Symbol(ABC):
     __slots__ = ()
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        global _calls_need_a_closer_look
-        _calls_need_a_closer_look = True
+        if not _calls_need_a_closer_look:
+            _look_closer()
         return super().__new__(cls)
 
     @abstractmethod
@@ -57,10 +69,10 @@ class Symbol(ABC):
 
 
 class Module(Recorded):
-    """An `nn.Module` whose submodules are plain attributes and whose call is a plain call.
+    """An `nn.Module` whose submodules are plain attributes and whose call is a plain call: `__call__` is `forward`.
 
     Submodules stay registered in `_modules` and are found in `__dict__` as well. Forward and backward hooks
-    registered through torch still run.
+    registered through torch still run: those of one module from the next call on, those of all from the next pass on.
     """
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -72,21 +84,28 @@ class Module(Recorded):
             self.__dict__.pop(name, None)
         super().__delattr__(name)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        plain = (Module.__call__, *(base.__call__ for base in _plain))
+        if cls.__call__ in plain and not _calls_need_a_closer_look:  # and not one of the class's own
+            cls.__call__ = cls.forward  # type: ignore[method-assign]
+            _plain.append(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":  # accelerate puts its own on a module
+            _look_closer()
+        try:
+            super().__setattr__(name, value)
+        except LenskitError as error:  # of a trace: the user's line wrote it
+            raise error.with_traceback(None) from None
+
     def __call__(self, *args: Any) -> Any:
-        if (
-            _calls_need_a_closer_look
-            or _global_forward_hooks
-            or _global_forward_pre_hooks
-            or _global_backward_hooks
-            or _global_backward_pre_hooks
-        ):
-            try:
-                return _call(self, args)
-            except LenskitError as error:
-                if args and isinstance(args[0], Symbol):  # the user's line wrote it: the way from there does not matter
-                    raise error.with_traceback(None) from None
-                raise
-        return self.forward(*args)
+        try:
+            return _call(self, args)
+        except LenskitError as error:
+            if args and isinstance(args[0], Symbol):  # the user's line wrote it: the way from there does not matter
+                raise error.with_traceback(None) from None
+            raise
 
     register_forward_hook = _noticed("register_forward_hook")
     register_forward_pre_hook = _noticed("register_forward_pre_hook")
@@ -98,6 +117,8 @@ class Module(Recorded):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
             _notice()
+        if "forward" in state:
+            _look_closer()
 
     forward: Callable[..., Any]
 
@@ -115,6 +136,16 @@ def _call(module: Module, args: tuple[Any, ...]) -> Any:
     ):
         return nn.Module.__call__(module, *args)
     return module.forward(*args)
+
+
+def look_at_classes() -> None:
+    """As a pass begins: notices what nobody tells, torch's hooks on all modules and another `forward` of a class."""
+    if _calls_need_a_closer_look:  # which a compiled model guards on, as on torch's hooks
+        return
+    hooks = _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
+    compiling = torch.compiler.is_compiling()
+    if hooks or (not compiling and [cls for cls in _plain if cls.__call__ is not cls.forward]):
+        _look_closer()
 
 
 def torch_hooks_are_used() -> bool:

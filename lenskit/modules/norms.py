@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lenskit.hooks import HookPoint
+from lenskit.hooks import HookPoint, Watch
 from lenskit.modules.module import Module, at_least_float32, empty
 
 
@@ -53,13 +53,11 @@ class Norm(Module):
         self.hook_scale = point("1", 1, statistic=True)
         self.hook_normalized = point(axis, width)
         self.hook_out = point(axis, width, on_demand=True)
-
-    @property
-    def unused(self) -> bool:
-        """Whether nobody looks at any of its points."""
-        return all(p.attachments is None for p in (self.hook_scale, self.hook_normalized, self.hook_out))
+        self.watch = Watch(self.hook_scale, self.hook_normalized, self.hook_out)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        if not self.watch.used:
+            return self.fused(x)
         if self.hook_scale.attachments is None and self.hook_normalized.attachments is None:
             return self.hook_out(self.fused(x))
         centred = self.centre(x.to(at_least_float32(x.dtype)))
