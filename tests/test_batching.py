@@ -243,11 +243,13 @@ def test_what_a_run_sees_of_others_is_nothing(demo_gpt2: lk.HookedTransformer) -
 
 
 def test_what_cannot_share_is_known(demo_gpt2: lk.HookedTransformer) -> None:
-    later = lk.Set("blocks.0.hook_resid_post", lk.Act("blocks.1.hook_resid_post", prompts=0), prompts=1)
+    act = lk.Act("blocks.1.hook_resid_post", prompts=0, tokens=-1)
+    later = lk.Set("blocks.0.hook_resid_post", act, prompts=1, tokens=-1)
     assert not can_share(work_of(demo_gpt2, "forward", ["one two", "three four"], [later]))
     assert not can_share(work_of(demo_gpt2, "forward", EIFFEL, [("hook_embed", lambda act, hook: act)]))
-    loss = lk.Act("hook_logits").sum()
-    assert not can_share(work_of(demo_gpt2, "forward", EIFFEL, [lk.Backward(loss, name="loss")]))
+    read = lk.Read(lk.Act("blocks.0.hook_resid_post"), name="read")
+    gradient = [read, lk.Backward(lk.Act("hook_logits").sum(), name="loss"), lk.Save(lk.Grad("read"), name="g")]
+    assert not can_share(work_of(demo_gpt2, "forward", EIFFEL, gradient))
     past = demo_gpt2.prefill(EIFFEL)
     assert not can_share(work_of(demo_gpt2, "generate", "Paris", (), max_new_tokens=2, past=past))
     assert can_share(work_of(demo_gpt2, "generate", [EIFFEL, "Paris"], [lk.Save("hook_embed")], max_new_tokens=2))

@@ -47,6 +47,7 @@ LAYERS = [
     ["analysis"],
     ["viz"],
     ["remote"],
+    ["server"],
     ["resumable"],
     ["demo", "commands", "extraction"],
     ["cli"],
