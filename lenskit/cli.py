@@ -15,6 +15,7 @@ from lenskit.checkpoints import write
 from lenskit.checkpoints.load import describe
 from lenskit.checkpoints.source import embedded_names, find
 from lenskit.errors import LenskitError
+from lenskit.extras import load
 from lenskit.models.registry import MODULES, family
 from lenskit.version import __version__
 
@@ -199,6 +200,70 @@ def extract(
         remote=remote,
     )
     typer.echo(extraction.extract(job))
+
+
+Folder = Annotated[
+    Path | None, typer.Option(help="Of the database and the results; ~/.local/share/lenskit/server if left out.")
+]
+Database = Annotated[str | None, typer.Option(help="Of jobs and keys: an SQLAlchemy URL; SQLite in the folder.")]
+
+
+@app.command()
+@told_plainly
+def serve(
+    models: Annotated[list[str] | None, typer.Argument(help="Names, folders or hub ids; or NAME=SOURCE.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; see docs/server.md.")] = None,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 if left out: this machine only.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 if left out.")] = None,
+    folder: Folder = None,
+    database: Database = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="Let everybody on this machine in.")] = False,
+) -> None:
+    """Serve models over HTTP: interventions come as data, nobody's code is run."""
+    load("lenskit.server.command", extra="server").serve(
+        models or (),
+        config=config,
+        host=host,
+        port=port,
+        folder=folder,
+        database=database,
+        use_keys=False if no_keys else None,
+    )
+
+
+keys = typer.Typer(help="The API keys of a server.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("add")
+@told_plainly
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="queued_jobs=N, tokens_per_minute=N or result_bytes=N; repeatable. Else the server's."),
+    ] = None,
+    folder: Folder = None,
+    database: Database = None,
+) -> None:
+    """Make a key; it is printed now and never again."""
+    load("lenskit.server.command", extra="server").add_key(name, limits=limit or (), folder=folder, database=database)
+
+
+@keys.command("remove")
+@told_plainly
+def remove_key(
+    name: Annotated[str, typer.Argument(help="Whose it is.")], folder: Folder = None, database: Database = None
+) -> None:
+    """Remove a key."""
+    load("lenskit.server.command", extra="server").remove_key(name, folder=folder, database=database)
+
+
+@keys.command("list")
+@told_plainly
+def list_keys(folder: Folder = None, database: Database = None) -> None:
+    """Names and limits; the keys themselves are nowhere."""
+    load("lenskit.server.command", extra="server").list_keys(folder=folder, database=database)
 
 
 @app.command()

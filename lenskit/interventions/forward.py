@@ -12,9 +12,10 @@ from lenskit.errors import InputError, NotSavedError
 from lenskit.hooks import Attachment, HookPoint
 from lenskit.inputs import Batch
 from lenskit.interventions.actions import Stopped
-from lenskit.interventions.execution import Execution, PassRun
+from lenskit.interventions.execution import Execution
 from lenskit.interventions.geometry import Geometry, Tokens, tokens_of
 from lenskit.interventions.ops import Save, Stop
+from lenskit.interventions.pass_run import PassRun, passes
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved
 from lenskit.interventions.scope import attached
@@ -146,7 +147,7 @@ def forward(
     """
     execution = Execution(program, generating=False)
     found: list[tuple[PassRun, Tensor]] = []
-    for run in execution.passes():
+    for run in passes(execution):
         rows = run.geometry.rows
         cache = None if past is None else past.branch(batch, rows)
         grad = torch.enable_grad() if program.gradients else nullcontext()
@@ -174,7 +175,7 @@ def prefill(model: Decoder, batch: Batch, program: Program, past: Past | None) -
     """
     execution = Execution(program, generating=False)
     check_one_pass(program, "a prefill is one forward pass")
-    [run] = execution.passes()
+    [run] = passes(execution)
     rows = run.geometry.rows
     cache = KVCache(batch.tokens.shape[1]) if past is None else past.branch(batch, rows, batch.tokens.shape[1])
     try:
