@@ -8,6 +8,7 @@ from lenskit.extras import load
 from lenskit.remote.status import Status
 
 MIB = 2**20
+BETWEEN = 0.1  # seconds, between two drawings of what is downloaded
 
 
 class Watch(Protocol):
@@ -57,7 +58,7 @@ class Line:
     interval = 1.0
 
     def __init__(self, after: float = 1.0) -> None:
-        self._from = time.monotonic() + after
+        self._from = self._next = time.monotonic() + after
         self._bar: Any = None
 
     def see(self, status: Status) -> None:
@@ -65,15 +66,15 @@ class Line:
         if bar is not None:
             bar.total = status.steps
             bar.n = status.step or 0
-            bar.set_description_str(str(status), refresh=False)
+            bar.set_description_str(status.state if status.state == "running" else str(status), refresh=False)
             bar.refresh()
 
     def seen(self, n_bytes: int, total: int | None) -> None:
         bar = self._shown()
-        if bar is not None:
+        if bar is not None and (n_bytes == total or time.monotonic() >= self._next):
+            self._next = time.monotonic() + BETWEEN
             of = "" if total is None else f" of {total / MIB:.1f}"
-            bar.set_description_str(f"result: {n_bytes / MIB:.1f}{of} MiB", refresh=False)
-            bar.update(0)
+            bar.set_description_str(f"result: {n_bytes / MIB:.1f}{of} MiB", refresh=True)
 
     def silent(self, why: str) -> None:
         bar = self._shown()
