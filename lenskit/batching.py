@@ -47,8 +47,9 @@ def can_share(work: Work) -> bool:
     with its prompt, padded on the left.
     """
     program, batch = work.program, work.batch
-    past = isinstance(work, Generator) and work.past is not None
-    if past or len(program.passes) != 1 or program.gradients or (isinstance(work, Generator) and work.streamer):
+    if batch.token_types is not None or len(program.passes) != 1 or program.gradients:
+        return False
+    if isinstance(work, Generator) and (work.past is not None or work.streamer is not None):
         return False
     padding = batch.mask is None or bool(batch.mask[:, -1].all() and (batch.mask.int().diff(dim=1) >= 0).all())
     return padding and next(iter(passes(Execution(program, generating=False)))).data_only
@@ -106,7 +107,9 @@ class Member:
         if self.course is None:
             self.run.finished([1] * self.n_rows)
             own = None if logits is None else snapshot(logits[:, -self.width :])
-            self.output = Result(*self.work.batch, self.execution.saved(self._n_layers), own)
+            self.output = Result(
+                self.work.batch.tokens, self.work.batch.mask, self.execution.saved(self._n_layers), own
+            )
             self.over = True
             return
         self.steps.append(self.course.take(None if logits is None else logits[:, -1]))
@@ -149,7 +152,7 @@ class SharedRun:
             self._close_up()
         going = [member for member in self._in_batch if not member.over]
         attached = self._attachments(going)
-        tokens, mask = self._inputs()
+        tokens, mask, _ = self._inputs()
         depths = [member.run.n_logits for member in going]
         n_logits = None if not self.generating or None in depths else max(n for n in depths if n is not None)
         cache = self._cache if self.generating else None

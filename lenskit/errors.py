@@ -28,6 +28,7 @@ LenskitError
 ├── TraceError                   a trace that is used where or how it cannot record anything
 ├── NotSavedError                a value that was asked for and never saved
 ├── GenerationError              options of `generate` that make no sense or are not supported
+├── NotCausalError               an encoder that is asked to foretell what comes after a token
 ├── RemoteError                  a server that cannot do, or did not do, what it was asked
 │   ├── UnreachableError         no answer, however often it was asked
 │   ├── KeyRefusedError          no API key, or one that the server does not know
@@ -212,6 +213,10 @@ class ResultGoneError(RemoteError):
 
 class OutOfRoomError(RemoteError):
     """No memory or disk left where the job ran."""
+
+
+class NotCausalError(LenskitError, TypeError):
+    """An encoder, whose tokens see those after them, that is asked for what takes a model whose tokens do not."""
 
 
 class MissingExtraError(LenskitError, ImportError):

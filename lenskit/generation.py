@@ -227,7 +227,7 @@ class Course:
         rows = run.geometry.rows
         self.generator, self.run, self.rows = generator, run, rows
         self.index, self.over = 0, False
-        self.tokens, self.mask = batch
+        self.tokens, self.mask = batch.tokens, batch.mask
         self._ids = _Ids(batch, generator.past_of(rows), run.program.n_steps)
         self._running, self._steps_run = [True] * len(rows), [0] * len(rows)
 
@@ -309,15 +309,14 @@ def left_padded(batch: Batch) -> Batch:
     if batch.mask is None or bool(batch.mask[:, -1].all() and (batch.mask.int().diff(dim=1) >= 0).all()):
         return batch
     order = batch.mask.int().argsort(dim=1, stable=True)
-    return Batch(batch.tokens.gather(1, order), batch.mask.gather(1, order))
+    return batch.each(lambda part: part.gather(1, order))
 
 
 def repeated(batch: Batch, copies: int) -> Batch:
     """Each row so many times, next to each other."""
     if copies == 1:
         return batch
-    tokens, mask = batch
-    return Batch(tokens.repeat_interleave(copies, 0), None if mask is None else mask.repeat_interleave(copies, 0))
+    return batch.each(lambda part: part.repeat_interleave(copies, 0))
 
 
 def checked_length(model: Decoder, batch: Batch, past: Past | None, n_steps: int | None) -> int:

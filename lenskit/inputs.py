@@ -1,6 +1,6 @@
 """Inputs: what users give (text, ids, a tokenizer's encoding) becomes a left-padded batch of ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ from lenskit.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A string, a list of strings, a 1-d or 2-d tensor, array or (nested) list of ids, a list of 1-d tensors, or a
-# tokenizer's encoding (`input_ids` and `attention_mask`).
+# A string, a list of strings, a 1-d or 2-d tensor, array or (nested) list of ids, a list of 1-d tensors, a tokenizer's
+# encoding (`input_ids`, `attention_mask`, `token_type_ids`), or a `Batch`.
 Input = str | Tensor | np.ndarray[Any, Any] | Sequence[Any] | Mapping[str, Any]
 
 
@@ -22,10 +22,16 @@ _ONE_EACH = "one mask entry an id"
 
 
 class Batch(NamedTuple):
-    """Ids, and which of them are a row's own tokens (None: all of them)."""
+    """Ids, which of them are a row's own tokens (None: all of them), and their types (None: all are 0)."""
 
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"] | None = None
+    token_types: Int[Tensor, "batch pos"] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """With the same change to each of the three that is there."""
+        tokens, mask, types = self
+        return Batch(change(tokens), None if mask is None else change(mask), None if types is None else change(types))
 
 
 def to_batch(
@@ -35,6 +41,7 @@ def to_batch(
     tokenizer: "PreTrainedTokenizerBase | None",
     device: torch.device,
     special_tokens: bool = True,
+    n_token_types: int = 0,
 ) -> Batch:
     """A batch from anything a user may give. Ids are used as given; rows of unequal length are padded on the left.
 
@@ -43,14 +50,17 @@ def to_batch(
         tokenizer: for text.
         device: where the batch goes.
         special_tokens: whether the tokenizer adds those that it is configured to add.
+        n_token_types: token types must be below it, unless all are 0.
 
     Raises:
-        InputError: nothing to process, text without a tokenizer, or ids that are no ids of this model.
+        InputError: nothing to process, text without a tokenizer, or ids or types that are none of this model.
     """
     if isinstance(given, np.ndarray):
         given = torch.from_numpy(given)
-    if isinstance(given, torch.Tensor):
-        batch = Batch(given.unsqueeze(0) if given.dim() == 1 else given)
+    if isinstance(given, Batch):
+        batch = given
+    elif isinstance(given, torch.Tensor):
+        batch = Batch(_as_rows(given))
     elif isinstance(given, Mapping):
         batch = _from_encoding(given)
     else:
@@ -58,7 +68,9 @@ def to_batch(
     if torch.compiler.is_compiling():
         return batch
     _check_ids(batch.tokens, d_vocab)
-    return Batch(batch.tokens.to(device), None if batch.mask is None else batch.mask.to(device))
+    if batch.token_types is not None:
+        batch = batch._replace(token_types=_checked_types(batch.token_types, batch.tokens, n_token_types))
+    return batch.each(lambda part: part.to(device))
 
 
 def _rows(
@@ -110,32 +122,53 @@ def joined(batches: Sequence[Batch]) -> Batch:
     """The rows of several batches as one, padded on the left as far as the longest needs."""
     if len(batches) == 1 and batches[0].mask is None:
         return batches[0]
-    rows = [
-        tokens if batch.mask is None else tokens[batch.mask[index]]
-        for batch in batches
-        for index, tokens in enumerate(batch.tokens)
-    ]
-    tokens, mask = _pad([row.tolist() for row in rows])
-    device = batches[0].tokens.device
-    return Batch(tokens.to(device), None if mask is None else mask.to(device))
+    joint = _pad([row for batch in batches for row in _own(batch.tokens, batch.mask)])
+    if any(batch.token_types is not None for batch in batches):
+        types = [torch.zeros_like(b.tokens) if b.token_types is None else b.token_types for b in batches]
+        rows = [row for batch, some in zip(batches, types, strict=True) for row in _own(some, batch.mask)]
+        joint = joint._replace(token_types=_pad(rows).tokens)
+    return joint.each(lambda part: part.to(batches[0].tokens.device))
+
+
+def _own(values: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Each row's, without those of padding."""
+    rows: list[list[int]] = [(row if mask is None else row[mask[i]]).tolist() for i, row in enumerate(values)]
+    return rows
 
 
 def _from_encoding(encoding: Mapping[str, Any]) -> Batch:
     """A tokenizer's output, as lists (padded or not) or tensors; its padding may be on either side."""
     if "input_ids" not in encoding:
         raise _refused(f"a mapping with {', '.join(encoding) or 'no keys'}", "a tokenizer's encoding with input_ids")
-    ids, mask = encoding["input_ids"], encoding.get("attention_mask")
+    ids, mask, types = encoding["input_ids"], encoding.get("attention_mask"), encoding.get("token_type_ids")
     if isinstance(ids, torch.Tensor):
-        tokens = ids.unsqueeze(0) if ids.dim() == 1 else ids
-        return Batch(tokens) if mask is None else with_mask(tokens, torch.as_tensor(mask))
+        tokens = _as_rows(ids)
+        batch = Batch(tokens) if mask is None else with_mask(tokens, torch.as_tensor(mask))
+        return batch if types is None else batch._replace(token_types=_as_rows(torch.as_tensor(types)))
     rows = _rows(ids, None)
-    if mask is None:
-        return _pad(rows)
-    kept = _rows(_as_numbers(mask), None)
-    if [len(row) for row in kept] != [len(row) for row in rows]:
-        raise _refused(f"a mask of {[len(row) for row in kept]} for ids of {[len(row) for row in rows]}", _ONE_EACH)
-    own = [[i for i, m in zip(row, keep, strict=True) if m] for row, keep in zip(rows, kept, strict=True)]
-    return _pad(_rows(own, None))
+    types = None if types is None else _alike(_rows(types, None), rows, "token types", "one token type an id")
+    if mask is not None:
+        kept = _alike(_rows(_as_numbers(mask), None), rows, "a mask", _ONE_EACH)
+        rows = _rows(_kept(rows, kept), None)
+        types = None if types is None else _kept(types, kept)
+    batch = _pad(rows)
+    return batch if types is None else batch._replace(token_types=_pad(types).tokens)
+
+
+def _as_rows(values: Tensor) -> Tensor:
+    """One prompt's as a batch of one."""
+    return values.unsqueeze(0) if values.dim() == 1 else values
+
+
+def _alike(given: list[list[int]], rows: list[list[int]], what: str, expected: str) -> list[list[int]]:
+    """What came with the ids, row by row: as many as there are."""
+    if [len(row) for row in given] != [len(row) for row in rows]:
+        raise _refused(f"{what} of {[len(row) for row in given]} for ids of {[len(row) for row in rows]}", expected)
+    return given
+
+
+def _kept(rows: list[list[int]], kept: list[list[int]]) -> list[list[int]]:
+    return [[i for i, m in zip(row, keep, strict=True) if m] for row, keep in zip(rows, kept, strict=True)]
 
 
 def _as_numbers(mask: Any) -> list[Any]:
@@ -166,7 +199,7 @@ def with_mask(tokens: Tensor, mask: Tensor) -> Batch:
     Raises:
         InputError: the shapes differ, or a row has no token of its own.
     """
-    mask = (mask.unsqueeze(0) if mask.dim() == 1 else mask).bool()
+    mask = _as_rows(mask).bool()
     if mask.shape != tokens.shape:
         raise _refused(f"a mask {tuple(mask.shape)} for ids {tuple(tokens.shape)}", _ONE_EACH)
     if torch.compiler.is_compiling():
@@ -184,6 +217,19 @@ def _check_ids(tokens: Tensor, d_vocab: int) -> None:
     low, high = (int(bound) for bound in tokens.aminmax())
     if low < 0 or high >= d_vocab:
         raise _refused(f"the id {low if low < 0 else high}", f"ids from 0 to {d_vocab - 1}, the model's vocabulary")
+
+
+def _checked_types(types: Tensor, tokens: Tensor, n_types: int) -> Tensor | None:
+    """None where all are 0, which needs no model that knows of types: many a tokenizer writes them unasked."""
+    if types.shape != tokens.shape:
+        raise _refused(f"token types {tuple(types.shape)} for ids {tuple(tokens.shape)}", "one token type an id")
+    if not types.any():
+        return None
+    low, high = (int(bound) for bound in types.aminmax())
+    if types.is_floating_point() or low < 0 or high >= n_types:
+        got = f"the token type {low if low < 0 else high}" if not types.is_floating_point() else f"{types.dtype} types"
+        raise _refused(got, f"types from 0 to {n_types - 1}" if n_types else "0 only: this model knows of no types")
+    return types.long()
 
 
 def _refused(got: str, expected: str) -> InputError:

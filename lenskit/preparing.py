@@ -12,11 +12,12 @@ from lenskit.choosing import Chooser
 from lenskit.elsewhere import Runner, refuse
 from lenskit.generation import Generator, checked_length, left_padded, repeated
 from lenskit.hooks import HookPoint
-from lenskit.inputs import Batch, Input, stream_batch, to_batch, with_mask
+from lenskit.inputs import Batch, Input, stream_batch, with_mask
 from lenskit.interventions.forward import Past, geometry_of
 from lenskit.interventions.ops import Hook, Op
 from lenskit.interventions.plan import Plan
 from lenskit.interventions.program import Program
+from lenskit.models.base import check_causal
 from lenskit.sampling import Sampling, default_eos, sampling_from, several
 from lenskit.text_access import TextAccess
 
@@ -109,6 +110,7 @@ class Preparing(TextAccess):
         Raises:
             GenerationError, PlanError, HookError, InputError: see `HookedTransformer.generate`.
         """
+        check_causal(self, "generate")
         given = {name: value for name, value in options.items() if name != "generation_config"}
         eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
         sampling, n_steps, copies = sampling_from(given, options.get("generation_config"), {"eos_token_id": eos})
@@ -157,7 +159,5 @@ class Preparing(TextAccess):
         """What the verbs make of an input: ids [batch pos] and their mask; arguments as `run_with_hooks`'s."""
         if start_at_layer is not None:
             return stream_batch(input, mask, d_model=self.cfg.d_model)
-        batch = to_batch(
-            input, d_vocab=self.cfg.d_vocab, tokenizer=self.tokenizer, device=self.device, special_tokens=past is None
-        )
-        return batch if mask is None else with_mask(batch.tokens, mask.to(batch.tokens.device))
+        batch = self.to_tokens(input, special_tokens=past is None)
+        return batch if mask is None else batch._replace(mask=with_mask(batch.tokens, mask.to(self.device)).mask)

@@ -7,6 +7,7 @@ from torch import Tensor
 from lenskit.errors import InputError
 from lenskit.inputs import Batch, Input, to_batch
 from lenskit.models.base import Decoder
+from lenskit.modules.linear import TokenTypes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,21 @@ class TextAccess(Decoder):
     tokenizer: "PreTrainedTokenizerBase | None"
     source: str
 
-    def to_tokens(self, text: Input) -> Batch:
-        """Ids [batch pos] and mask, as every verb sees them; rows of unequal length are padded on the left."""
-        return to_batch(text, d_vocab=self.cfg.d_vocab, tokenizer=self.tokenizer, device=self.device)
+    def to_tokens(self, text: Input, *, special_tokens: bool = True) -> Batch:
+        """Ids [batch pos], mask and token types, as every verb sees them; unequal rows are padded on the left.
+
+        Args:
+            special_tokens: whether the tokenizer adds those that it is configured to add.
+        """
+        types = self.token_type_embed
+        return to_batch(
+            text,
+            d_vocab=self.cfg.d_vocab,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            special_tokens=special_tokens,
+            n_token_types=len(types.weight) if isinstance(types, TokenTypes) else 0,
+        )
 
     def to_str_tokens(self, text: Input) -> list[str]:
         """One prompt's tokens, each as the text that it stands for."""

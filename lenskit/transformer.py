@@ -24,7 +24,7 @@ from lenskit.interventions.ops import Hook, Save
 from lenskit.interventions.plan import Plan
 from lenskit.interventions.scope import attached, on_points, on_sites
 from lenskit.interventions.sites import Site, resolve
-from lenskit.models.base import init_weights
+from lenskit.models.base import check_causal, init_weights
 from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class HookedTransformer(WeightAccess, Preparing):
-    """A transformer whose every activation is a named hook point.
+    """A transformer, decoder or encoder, whose every activation is a named hook point.
 
     Args:
         cfg: a family's config, e.g. `lenskit.models.gpt2.GPT2Config(...)`.
@@ -73,12 +73,12 @@ class HookedTransformer(WeightAccess, Preparing):
         token: str | bool | None = None,
         remote: Remote | None = None,
     ) -> Self:
-        """A checkpoint as a model in eval mode.
+        """A checkpoint as a model in eval mode; of a multi-modal one, the text model.
 
         Args:
             name_or_path: an embedded name ("demo-gpt2"), a folder (Hugging Face's or lenskit's), or a hub id.
             device: where all weights go; the CPU if nothing is said. "meta" loads no weights at all.
-            dtype: of all weights; the one that most of them have on disk if nothing is said.
+            dtype: of the weights; the one that most of them have on disk if nothing is said.
             device_map: "auto", or module path prefix -> device, through accelerate; instead of `device`.
             revision: the hub's branch, tag or commit.
             tokenizer: instead of the checkpoint's own.
@@ -139,8 +139,8 @@ class HookedTransformer(WeightAccess, Preparing):
         """Logits [batch pos d_vocab]; padding positions hold nothing meaningful.
 
         Args:
-            input: text, texts, ids, or a tokenizer's encoding; with `start_at_layer`, the residual stream
-                [batch pos d_model] that enters that layer.
+            input: text, texts, ids, or a tokenizer's encoding (whose `token_type_ids` an encoder reads); with
+                `start_at_layer`, the residual stream [batch pos d_model] that enters that layer.
             mask: [batch pos], nonzero for a row's own tokens, where `input` is a padded tensor.
             start_at_layer: the first block to run.
             stop_at_layer: the first block not to run; the stream [batch pos d_model] before it is returned.
@@ -255,8 +255,9 @@ class HookedTransformer(WeightAccess, Preparing):
             past: what `input` continues.
 
         Raises:
-            PlanError, HookError, InputError: see `run_with_hooks`.
+            PlanError, HookError, InputError: see `run_with_hooks`. NotCausalError: the model is an encoder.
         """
+        check_causal(self, "prefill")
         refuse(prefill=self.remote)
         batch = left_padded(self.batch(input, mask, past=past))
         return prefill(self, batch, self._program(hooks, batch, past, self.hook_points), past)
@@ -312,7 +313,7 @@ class HookedTransformer(WeightAccess, Preparing):
             unsupported: refused, each with what to do instead.
 
         Raises:
-            GenerationError: an option that makes no sense or is not supported.
+            GenerationError: an option that makes no sense or is not supported. NotCausalError: the model is an encoder.
             PlanError, HookError, InputError: see `run_with_hooks`. Nothing runs then.
         """
         given = {name: value for name, value in locals().items() if name in (*CHOICES, "generation_config")}
@@ -353,13 +354,13 @@ class HookedTransformer(WeightAccess, Preparing):
         """
         if self.remote is not None:
             refuse(past=past, **{name: options.get(name) for name in ("logits_processor", "stopping_criteria")})
-        n_steps, copies = checked(max_new_tokens, options)
+        n_steps, copies = checked(self, max_new_tokens, options)
 
         def run(batch: Batch, plan: Plan) -> Result | Generation:
             if n_steps is None:
-                return self.run_with_hooks(batch.tokens, plan, mask=batch.mask, past=past)
+                return self.run_with_hooks(batch, plan, past=past)
             given = {**options, "max_new_tokens": n_steps, "num_return_sequences": 1}  # the rows are there already
-            return self.generate(batch.tokens, hooks=plan, mask=batch.mask, past=past, **given)
+            return self.generate(batch, hooks=plan, past=past, **given)
 
         def read(given: Input) -> Batch:
             return repeated(self.batch(given, past=past), copies)

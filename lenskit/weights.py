@@ -7,6 +7,7 @@ other direction it says how to write them. Tables are closed: a tensor on disk t
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -124,6 +125,18 @@ def unstack(on_disk: str, ours: Sequence[str], *, parts: int = 1, transpose: boo
 def head(tied: bool, on_disk: str = "lm_head.weight") -> Rule:
     """The rule for the unembedding, which a tied model's checkpoint may hold as a copy of the embedding."""
     return drop(on_disk) if tied else weight(on_disk, "unembed.weight")
+
+
+def at_layers(rules: Iterable[Rule], layers: Iterable[int]) -> list[Rule]:
+    """Rules with `{l}` for these layers alone, in models whose layers differ."""
+
+    def placed(names: Sequence[str], layer: int) -> tuple[str, ...]:
+        return tuple(name.replace("{l}", str(layer)) for name in names)
+
+    return [
+        replace(rule, on_disk=placed(rule.on_disk, layer), ours=placed(rule.ours, layer))
+        for rule, layer in product(rules, layers)
+    ]
 
 
 def drop(on_disk: str) -> Drop:

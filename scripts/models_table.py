@@ -14,6 +14,7 @@ import argparse
 import inspect
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from parity_table import ROWS, Row, error, hf_folder, hf_model, ids  # noqa: E402
 
 import lenskit as lk  # noqa: E402
+from lenskit.checkpoints.multimodal import MODEL_TYPES  # noqa: E402
 from lenskit.models.registry import MODULES, family  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -38,6 +40,10 @@ logits, relative to the largest logit, in float32. *Points* are the hook points 
 A checkpoint is found by the `model_type` in its config.json, so a fine-tune of any of these needs no entry. How to add
 one: [adding a model](adding-a-model.md).
 """
+MULTIMODAL = f"""A multi-modal checkpoint loads as the text model in it, if that is one of these and Hugging Face's
+multi-modal class computes the same of text: of `model_type` {", ".join(f"`{name}`" for name in MODEL_TYPES)}. The
+tensors that read pictures or sound are left out. `save_pretrained`, `lenskit convert` and `lenskit export` then write
+the text model, and nothing of the rest."""
 
 
 @torch.no_grad()
@@ -59,17 +65,14 @@ def section(model_type: str, rows: list[Row]) -> str:
     """One family: what its file says of it, and its rows."""
     found = family(model_type, where="the registry")
     doc = inspect.getdoc(sys.modules[found.parts.__module__]) or ""
-    lines = [f"## {model_type}", "", f"`{found.hf_class}`, in [{model_type}.py](../{_file(model_type)}).", "", doc, ""]
+    file = Path(*MODULES[model_type].split(".")).with_suffix(".py")
+    lines = [f"## {model_type}", "", f"`{found.hf_class}`, in [{file.name}](../{file}).", "", doc, ""]
     lines += ["| variant | attributes | difference | points |", "| --- | --- | ---: | ---: |"]
     for row in rows:
         worst, block, points = measured(row)
         attributes = ", ".join(f"`{name}={_short(value)}`" for name, value in row.attributes.items()) or "–"
         lines.append(f"| {row.name} | {attributes} | {worst:.0e} | {block} ({points}) |")
     return "\n".join(lines) + "\n"
-
-
-def _file(model_type: str) -> str:
-    return MODULES[model_type].replace(".", "/") + ".py"
 
 
 def _short(value: object) -> str:
@@ -89,7 +92,8 @@ def main() -> None:
         made.append(section(model_type, [row for row in ROWS if row.model_type == model_type]))
         print(made[-1] if args.family else f"{model_type} done", flush=True)
     if not args.family:
-        PAGE.write_text(HEAD + "\n" + "\n".join(made), encoding="utf-8")
+        multimodal = textwrap.fill(MULTIMODAL, width=120, break_on_hyphens=False)
+        PAGE.write_text("\n".join([HEAD, f"{multimodal}\n", *made]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from lenskit.checkpoints.load import complete
@@ -25,6 +26,10 @@ WINDOW = 7  # tokens: less than a row has
 
 # Hugging Face's config of a small model, by its `model_type`.
 TINY: dict[str, dict[str, Any]] = {
+    "bert": {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 44,
+        "vocab_size": 59, "max_position_embeddings": 40,
+    },
     "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 3, "vocab_size": 59, "n_positions": 40},
     "gpt_neox": {
         "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 44,
@@ -64,8 +69,22 @@ TINY: dict[str, dict[str, Any]] = {
         **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14,
         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
     },
+    "gemma3_text": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "query_pre_attn_scalar": 14, "sliding_window_pattern": 2,
+    },
+    "gpt_oss": {
+        **COMMON, "head_dim": 10, "sliding_window": WINDOW, "num_local_experts": 5, "num_experts_per_tok": 2,
+        "intermediate_size": 20, "swiglu_limit": 0.5,
+    },
+    "deepseek_v3": {
+        **COMMON, "num_key_value_heads": 4, "q_lora_rank": 11, "kv_lora_rank": 9, "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4, "v_head_dim": 7, "first_k_dense_replace": 1, "moe_intermediate_size": 12,
+        "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+    },
 }  # fmt: skip
 MODEL_TYPES = tuple(TINY)
+ENCODERS = ("bert",)  # which see both ways and generate nothing; the others are decoders
+DECODERS = tuple(model_type for model_type in MODEL_TYPES if model_type not in ENCODERS)
 WRITTEN_OUT = ("gpt2", "llama")  # whose forward passes tests write out once more
 
 LENGTH = 24  # tokens a row: more than the original context of the scaled rope types below
@@ -89,6 +108,11 @@ class Row:
         # A token that ends or pads would be one among 59: none has a meaning here.
         no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         return {"model_type": self.model_type, **TINY[self.model_type], **no_tokens, **self.attributes}
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it, so that the model can generate."""
+        return self.model_type not in ENCODERS
 
     @property
     def length_matters(self) -> bool:
@@ -119,6 +143,10 @@ BOTH_SIDES = (ORIGINAL, ORIGINAL + 1, LENGTH)
 DIVISORS = {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [2.0, 3.0, 5.5, 8.0]}
 
 ROWS = [
+    Row("default", "bert"),
+    Row("untied, relu", "bert", {"tie_word_embeddings": False, "hidden_act": "relu"}),
+    Row("one token type, two heads", "bert", {"type_vocab_size": 1, "num_attention_heads": 2}),
+    Row("large eps, tanh gelu", "bert", {"layer_norm_eps": 0.3, "hidden_act": "gelu_new"}),
     Row("default", "gpt2"),
     Row("mlp width", "gpt2", {"n_inner": 50}),
     Row("exact gelu", "gpt2", {"activation_function": "gelu"}),
@@ -188,6 +216,38 @@ ROWS = [
     Row("default", "gemma2"),
     Row("no caps", "gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     Row("full attention, biases", "gemma2", {"layer_types": ["full_attention"] * 3, "attention_bias": True}),
+    Row("default", "gemma3_text"),
+    Row("capped logits, biases", "gemma3_text", {"final_logit_softcapping": 3.0, "attention_bias": True}),
+    Row("linear in full layers, untied, multi-query", "gemma3_text", {
+        "num_key_value_heads": 1, "tie_word_embeddings": False, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    }),
+    Row("default", "gpt_oss"),
+    Row("steeper gates, hardly cut off", "gpt_oss", {"swiglu_alpha": 3.0, "swiglu_limit": 2.0}),
+    Row("no windows, no biases, tied", "gpt_oss", {
+        "layer_types": ["full_attention"] * 3, "attention_bias": False, "tie_word_embeddings": True,
+    }),
+    Row(
+        "past the original context", "gpt_oss",
+        rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=32.0, beta_slow=1.0,
+             truncate=False), BOTH_SIDES,
+    ),
+    Row("default", "deepseek_v3"),
+    Row("queries from the stream, wide values", "deepseek_v3", {
+        "q_lora_rank": None, "v_head_dim": 14, "first_k_dense_replace": 0, "norm_topk_prob": False,
+    }),
+    Row("biases, halves, all groups", "deepseek_v3", {
+        "attention_bias": True, "rope_interleave": False, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+        "routed_scaling_factor": 0.7, "tie_word_embeddings": True,
+    }),
+    Row("dense, yarn and its scale", "deepseek_v3", {
+        "first_k_dense_replace": 3, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": ORIGINAL,
+            "beta_fast": 1.2, "beta_slow": 0.1, "mscale": 1.0, "mscale_all_dim": 1.5,
+        },
+    }, BOTH_SIDES),
     Row("default", "olmo2"),
     Row("attention bias", "olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
     Row("default", "gptj"),
@@ -250,6 +310,9 @@ ROWS = [
 ]  # fmt: skip
 
 
+CAUSAL = [row for row in ROWS if row.causal]
+
+
 def from_hf(row: Row) -> DecoderConfig:
     """The variant's config, as lenskit's."""
     return family(row.model_type, where=str(row)).config.from_hf(complete(row.hf, where=str(row)))
@@ -269,12 +332,27 @@ def perturb(model: nn.Module, seed: int) -> None:
             else:
                 # Gains that start at zero are added to one.
                 parameter.copy_(0.3 * noise if name.endswith("bias") or not parameter.any() else 1 + 0.3 * noise)
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point():  # what is learned, if not by gradient
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+
+
+def hf_class(model_type: str) -> type[PreTrainedModel]:
+    """Hugging Face's class for a family, with its head."""
+    found: type[PreTrainedModel] = getattr(transformers, family(model_type, where="the table").hf_class)
+    return found
+
+
+def new_hf_model(row: Row) -> PreTrainedModel:
+    """The variant as Hugging Face's, with new weights."""
+    attributes = {name: value for name, value in row.hf.items() if name != "model_type"}
+    return hf_class(row.model_type)(AutoConfig.for_model(row.model_type, **attributes))
 
 
 def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:
     """Write the variant as a Hugging Face checkpoint with random weights."""
-    attributes = {name: value for name, value in row.hf.items() if name != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **attributes))
+    model = new_hf_model(row)
     perturb(model, seed)
     model.save_pretrained(folder)
     return folder
@@ -282,7 +360,7 @@ def hf_folder(row: Row, folder: Path, *, seed: int = 0) -> Path:
 
 def hf_model(folder: Path, *, attention: str = "eager", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Hugging Face's model of a folder. With "eager" it can return attention patterns; some have nothing else."""
-    found = AutoModelForCausalLM._model_mapping[type(config := AutoConfig.from_pretrained(folder))]
+    found = hf_class((config := AutoConfig.from_pretrained(folder)).model_type)
     attention = attention if found._supports_sdpa else "eager"
     attention = "sdpa" if getattr(config, "alibi", False) else attention  # see Row.sdpa_only
     config._experts_implementation = "eager"  # the loop over experts, which computes in any dtype
@@ -292,6 +370,13 @@ def hf_model(folder: Path, *, attention: str = "eager", dtype: torch.dtype = tor
 def on_disk(hf: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's tensors by the names, and in the shapes, that it writes to disk."""
     return dict(revert_weight_conversion(hf, tensors))
+
+
+def read(model_type: str, cfg: DecoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of Hugging Face's tensors that anything reads: without tied copies, and what has no effect there."""
+    table = family(model_type, where="the table").weights(cfg)
+    unread = {name for placement in table.placements() if not placement.ours for name in placement.on_disk}
+    return {name: tensor for name, tensor in tensors.items() if name not in unread}
 
 
 def ids(rows: int, length: int, *, seed: int = 0) -> Tensor:

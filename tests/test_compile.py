@@ -19,6 +19,7 @@ CLOSE = 1e-5
 TOKENS = ids(2, 9)
 
 ROWS = [
+    Row("encoder", "bert", {"num_hidden_layers": 2}),
     Row("scaled by layer", "gpt2", {"n_layer": 2, "scale_attn_by_inverse_layer_idx": True}),
     Row("biased", "llama", {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}),
     Row("yarn", "llama", {"num_hidden_layers": 2, **rope("yarn", factor=4.0, original_max_position_embeddings=8)}),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from parity_table import Row, error, hf_folder, hf_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -115,6 +116,25 @@ def test_from_a_config() -> None:
     assert model(torch.arange(5)).shape == (1, 5, cfg.d_vocab)
 
 
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    return hf_folder(Row("x", "bert"), tmp_path)
+
+
+@torch.no_grad()
+def test_an_encoder(encoder: Path) -> None:
+    model = lk.HookedTransformer.from_pretrained(encoder)
+    tokens = torch.arange(7)[None]
+    hidden = hf_model(encoder)(tokens, output_hidden_states=True).hidden_states
+    _, cache = model.run_with_cache(tokens)
+    assert error(cache["resid_post", 1], hidden[2]) < 1e-5
+    block = model.blocks[1]
+    assert error(block.ln1_sum(cache["resid_pre", 1] + cache["attn_out", 1]), cache["resid_mid", 1]) < 1e-5
+    assert {"unembed.hook_pre", "unembed.hook_post", "unembed.ln.hook_scale"} <= set(cache)
+    with pytest.raises(lk.errors.NotCausalError):
+        model.generate(tokens, max_new_tokens=1)
+
+
 # -- text
 
 
@@ -196,6 +216,15 @@ def test_layers(model: lk.HookedTransformer) -> None:
     resid = model(text, stop_at_layer=2)
     assert resid.shape[-1] == model.cfg.d_model
     assert torch.equal(model(resid, start_at_layer=2), model(text))
+
+
+@torch.no_grad()
+def test_token_types(encoder: Path) -> None:
+    model, hf = lk.HookedTransformer.from_pretrained(encoder), hf_model(encoder)
+    tokens, types = torch.arange(6)[None], torch.tensor([[0, 0, 0, 1, 1, 1]])
+    logits = model({"input_ids": tokens, "token_type_ids": types})
+    assert error(logits, hf(tokens, token_type_ids=types).logits) < 1e-5
+    assert error(logits, hf(tokens).logits) > 1e-3
 
 
 def test_attention_mask(model: lk.HookedTransformer, tokens: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from parity_table import WRITTEN_OUT, Row, hf_folder, hf_model
+from parity_table import DECODERS, WRITTEN_OUT, Row, hf_folder, hf_model, ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,27 +23,43 @@ EVERY = set(range(N_STEPS))
 
 @dataclass(frozen=True, repr=False)
 class Pair:
-    """The same weights twice."""
+    """The same weights twice, and where the points of one are in the other."""
 
     ours: lk.HookedTransformer
     theirs: PreTrainedModel
+    places: hf_reference.Places
 
     @property
     def points(self) -> list[str]:
-        return list(hf_reference.points(self.theirs))
+        """As the reference meets them in the forward pass, which is what "earlier" means below."""
+        return list(self.places)
+
+
+def looked_for(ours: lk.HookedTransformer, theirs: PreTrainedModel) -> hf_reference.Places:
+    tokens = ids(2, 11)
+    _, cache = ours.run_with_cache(tokens, ["*.hook_attn_out", "*.hook_mlp_out"])
+    return hf_reference.looked_for(theirs, tokens, cache)
+
+
+def pair_of(model_type: str, folder: Path, *, by_name: bool) -> Pair:
+    hf_folder(Row("reference", model_type), folder)
+    ours, theirs = lk.HookedTransformer.from_pretrained(folder), hf_model(folder, attention="sdpa")
+    return Pair(ours, theirs, hf_reference.written_out(theirs) if by_name else looked_for(ours, theirs))
 
 
 @pytest.fixture(scope="module", params=WRITTEN_OUT)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder: Path = hf_folder(Row("reference", request.param), tmp_path_factory.mktemp("hf"))
-    ours = lk.HookedTransformer.from_pretrained(folder)
-    # As the reference meets them in the forward pass, which is what "earlier" means below.
-    theirs = hf_model(folder, attention="sdpa")
-    return Pair(ours, theirs)
+    return pair_of(request.param, tmp_path_factory.mktemp("hf"), by_name=True)
+
+
+@pytest.fixture(scope="module", params=[name for name in DECODERS if name not in WRITTEN_OUT])
+def other_pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Every other family; the points of the stream."""
+    return pair_of(request.param, tmp_path_factory.mktemp("hf"), by_name=False)
 
 
 STEPS = [(None, EVERY), (0, {0}), (2, {2}), (slice(1, None), EVERY - {0}), ([0, 3], {0, 3})]
-PROMPTS = st.lists(st.lists(st.integers(0, 58), min_size=2, max_size=7), min_size=1, max_size=3)
+PROMPTS = st.lists(st.lists(st.integers(0, 58), min_size=2, max_size=9), min_size=1, max_size=3)
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ def check(pair: Pair, prompts: list[list[int]], found: lk.Generation, saved: Seq
     """Every row's logits and saves are those of the reference, as long as no near tie makes the tokens part."""
     for row, prompt in enumerate(prompts):
         edits = [case.edit for case in cases if case.row in (None, row)]
-        expected = hf_reference.generate(pair.theirs, prompt, N_STEPS, edits)
+        expected = hf_reference.generate(pair.theirs, pair.places, prompt, N_STEPS, edits)
         for step in range(N_STEPS):
             assert off(found.logits[row][step], expected.logits[step]) < CLOSE
             for name in saved:
@@ -139,13 +155,36 @@ def check(pair: Pair, prompts: list[list[int]], found: lk.Generation, saved: Seq
             assert found.new_tokens[row][step] == expected.tokens[len(prompt) + step]
 
 
-@settings(
-    max_examples=50,
-    phases=set(Phase) - {Phase.explain},
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+def checked(max_examples: int) -> settings:
+    return settings(
+        max_examples=max_examples,
+        phases=set(Phase) - {Phase.explain},
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@checked(max_examples=50)
 @given(data=st.data())
 def test_random_plans_equal_recomputing_everything(pair: Pair, data: st.DataObject) -> None:
+    run_random_plan(pair, data)
+
+
+@checked(max_examples=20)
+@given(data=st.data())
+def test_random_plans_on_the_stream_equal_recomputing_everything(other_pair: Pair, data: st.DataObject) -> None:
+    run_random_plan(other_pair, data)
+
+
+def test_places_that_are_looked_for_are_those_that_are_written_out(pair: Pair) -> None:
+    found = looked_for(pair.ours, pair.theirs)
+    assert len(found) == 4 * pair.ours.cfg.n_layers
+    for name, place in found.items():
+        assert place.module is pair.places[name].module
+        assert place.side == pair.places[name].side
+        assert place.factor == pytest.approx(1.0, abs=1e-6)
+
+
+def run_random_plan(pair: Pair, data: st.DataObject) -> None:
     prompts = data.draw(PROMPTS)
     made = data.draw(st.lists(cases(pair, prompts), min_size=1, max_size=4))
     # An Act sees what the ops before it in the list have made of a point, the reference what all of them have.

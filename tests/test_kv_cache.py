@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity_table import LENGTH, ROWS, Row, error, hf_folder, hf_model, ids, rope
+from parity_table import CAUSAL, LENGTH, Row, error, hf_folder, hf_model, ids, rope
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
@@ -137,7 +137,7 @@ SCALED = ["dynamic", "longrope"]
 @torch.no_grad()
 def test_rows_are_scaled_by_their_own_length(tiny: Make, rope_type: str) -> None:
     """What is in the cache stays as it was turned, so rows are compared with rows alone in the same pieces."""
-    [row] = [row for row in ROWS if row.name == f"rope {rope_type}"]
+    [row] = [row for row in CAUSAL if row.name == f"rope {rope_type}"]
     model = tiny("llama", **row.attributes)
     tokens, pads = ids(3, LENGTH), [0, 5, 13]
     logits = in_pieces(model, tokens, [15], left_padded(pads))
@@ -148,7 +148,7 @@ def test_rows_are_scaled_by_their_own_length(tiny: Make, rope_type: str) -> None
 
 @pytest.mark.parametrize(
     ("row", "prompt"),
-    [(row, prompt) for row in ROWS for prompt in ((3, 7, 15) if row.length_matters else (7,))],
+    [(row, prompt) for row in CAUSAL for prompt in ((3, 7, 15) if row.length_matters else (7,))],
     ids=str,
 )
 @torch.no_grad()

@@ -18,7 +18,7 @@ import transformers
 from folders import in_a_process, write_hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity_table import MODEL_TYPES, Row, hf_folder, hf_model, ids
+from parity_table import DECODERS, Row, hf_folder, hf_model, ids
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -48,7 +48,7 @@ D_VOCAB, PAD, CPU = 59, 7, torch.device("cpu")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
     """A tiny random model of each family, Hugging Face's."""
-    return {name: hf_model(hf_folder(Row("", name), tmp_path_factory.mktemp(name))) for name in MODEL_TYPES}
+    return {name: hf_model(hf_folder(Row("", name), tmp_path_factory.mktemp(name))) for name in DECODERS}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ PENALTY = st.fixed_dictionaries({}, optional={"repetition_penalty": st.sampled_f
 
 
 @given(
-    name=st.sampled_from(MODEL_TYPES),
+    name=st.sampled_from(DECODERS),
     rows=st.integers(1, 3),
     length=st.integers(1, 6),
     seed=st.integers(0, 2**32),
@@ -204,7 +204,7 @@ def test_the_same_tokens_as_hugging_face_left_padded(
     assert got[:, length:].tolist() == expected[:, length:].tolist()
 
 
-@pytest.mark.parametrize("name", MODEL_TYPES)
+@pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("penalty", [0.5, 1.7, 100.0])
 def test_a_padded_row_is_penalised_as_it_is_alone(
     models: dict[str, PreTrainedModel], name: str, penalty: float

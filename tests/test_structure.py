@@ -193,6 +193,7 @@ BUILT_IN = {
     "ExpressionError": TypeError, "PlanFormatError": ValueError, "NotSavedError": KeyError,
     "GenerationError": ValueError, "UnreachableError": ConnectionError, "KeyRefusedError": PermissionError,
     "NoSuchJobError": LookupError, "JobUnfinishedError": TimeoutError,
+    "NotCausalError": TypeError,
 }  # fmt: skip
 
 

@@ -8,9 +8,8 @@ import torch
 from folders import identical
 from hypothesis import given
 from hypothesis import strategies as st
-from parity_table import ROWS, Row, from_hf, on_disk
+from parity_table import ROWS, Row, from_hf, new_hf_model, on_disk, read
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lenskit.errors import MissingTensorError, UnknownTensorError
 from lenskit.models.base import Decoder
@@ -112,10 +111,9 @@ def test_rules_are_their_own_inverses() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_variants_tensors_become_its_parameters_and_again_tensors(row: Row) -> None:
     """Against the names and shapes of Hugging Face's own model, on the meta device."""
-    attributes = {name: value for name, value in row.hf.items() if name != "model_type"}
     cfg, found = from_hf(row), family(row.model_type, where="here")
     with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(row.model_type, **attributes))
+        hf = new_hf_model(row)
         theirs = on_disk(hf, hf.state_dict())
         model = Decoder(cfg, found.parts(cfg))
     table = found.weights(cfg)
@@ -124,6 +122,5 @@ def test_every_variants_tensors_become_its_parameters_and_again_tensors(row: Row
     for placement in table.match(theirs, str(row)):
         placed |= zip(placement.ours, placement.rule.load([theirs[name] for name in placement.on_disk]), strict=True)
     assert {name: tensor.shape for name, tensor in placed.items()} == {n: p.shape for n, p in parameters.items()}
-    if cfg.tie_embeddings:
-        theirs = {name: tensor for name, tensor in theirs.items() if name not in ("lm_head.weight", "embed_out.weight")}
+    theirs = read(row.model_type, cfg, theirs)
     assert {name: tensor.shape for name, tensor in table.to_disk(placed)} == {n: t.shape for n, t in theirs.items()}

@@ -1,26 +1,33 @@
 """Parts that the zoo is composed of, each against the plainest way to compute the same."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from folders import same_weights, save, told
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_table import Row, error, hf_folder, hf_model, ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lenskit as lk
+from lenskit.errors import HookConflictError, LenskitError, UnknownTensorError
 from lenskit.modules.attention import Attention, ExtendedAttention, SinkSoftmax
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
+from lenskit.modules.latent import LatentQKV, UnevenAttention
 from lenskit.modules.linear import Linear
-from lenskit.modules.mlp import GatedMLP
+from lenskit.modules.mlp import ClampedGatedMLP, GatedMLP
 from lenskit.modules.moe import Choose, MixtureOfExperts, SharedExperts, SigmoidTopK, SoftmaxTopK, TopKSoftmax
 from lenskit.modules.norms import LayerNorm, LayerNormByHead, Norm, OffsetRMSNorm, RMSNorm, RMSNormOverHeads
 from lenskit.modules.position_bias import LinearBias, alibi_slopes
 from lenskit.modules.qkv import QKV, FusedQKV, GroupedQKV, HeadInputs, SeparateQKV
+from lenskit.modules.rope_types import RopeConfig
+from lenskit.modules.rotary import Rotary, RotaryTail
 from lenskit.weights import Rule, split, unstack
 
 D_MODEL, D_HEAD, HEADS = 12, 4, 6
@@ -48,7 +55,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 def test_projections_are_their_weights_by_head(kind: type[QKV], groups: int, bias: bool) -> None:
     qkv = drawn(kind(D_MODEL, n_heads=HEADS, n_key_value_heads=groups, d_head=D_HEAD, bias=bias))
     x = random(2, 5, D_MODEL)
-    inputs = HeadInputs(*(x[:, :, None].expand(-1, -1, n, -1) for n in (HEADS, groups, groups)))
+    inputs = HeadInputs(*(x[:, :, None].expand(-1, -1, n, -1) for n in (HEADS, groups, groups)), x)
     for projected, by_head, n in zip(qkv(x), qkv.by_head(inputs), (HEADS, groups, groups), strict=True):
         assert projected.shape == (2, n, 5, D_HEAD)
         assert error(projected, by_head) < 1e-6
@@ -58,6 +65,64 @@ def test_grouped_rows_are_a_groups_queries_then_its_key_then_its_value() -> None
     qkv = drawn(GroupedQKV(D_MODEL, n_heads=4, n_key_value_heads=2, d_head=1, bias=False))
     W_Q, W_K, W_V = (weight[:, :, 0] for weight in qkv.weights())
     assert torch.equal(torch.cat((W_Q, W_K, W_V)), qkv.joined.weight[[0, 1, 4, 5, 2, 6, 3, 7]])
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory: pytest.TempPathFactory) -> lk.HookedTransformer:
+    return lk.HookedTransformer.from_pretrained(hf_folder(Row("x", "deepseek_v3"), tmp_path_factory.mktemp("hf")))
+
+
+def latent_qkv(**changes: object) -> LatentQKV:
+    sizes = {"d_plain": 5, "d_rotary": 2, "d_value": 3, "d_q_latent": 8, "d_kv_latent": 9, **changes}
+    return drawn(LatentQKV(D_MODEL, n_heads=HEADS, eps=0.1, bias=True, **sizes))
+
+
+@pytest.mark.parametrize("d_q_latent", [None, 8])
+@torch.no_grad()
+def test_projections_through_latents_are_products_around_a_norm(d_q_latent: int | None) -> None:
+    qkv, x = latent_qkv(d_q_latent=d_q_latent), random(2, 5, D_MODEL)
+    c_kv, k_shared = x @ qkv.W_DKV + qkv.kv_down.bias[:9], x @ qkv.W_KR + qkv.kv_down.bias[9:]
+    c_kv, c_q = qkv.kv_latent.norm(c_kv), x
+    if d_q_latent:
+        c_q = qkv.q_latent.norm(x @ qkv.W_DQ + qkv.q_down.bias)
+    q, k, v = qkv(x)
+    assert error(q, c_q[:, None] @ qkv.W_UQ) < 1e-6
+    assert error(k[..., :5], c_kv[:, None] @ qkv.W_UK) < 1e-6
+    assert error(k[..., 5:], k_shared[:, None].expand(-1, HEADS, -1, -1)) < 1e-6
+    assert error(v, c_kv[:, None] @ qkv.W_UV) < 1e-6
+    copies = HeadInputs(*(x[:, :, None].expand(-1, -1, HEADS, -1) for _ in range(3)), x)
+    for projected, by_head in zip((q, k, v), qkv.by_head(copies), strict=True):
+        assert error(projected, by_head) < 1e-6
+
+
+def test_heads_read_inputs_of_their_own_through_latents(latent: lk.HookedTransformer) -> None:
+    _, before = latent.run_with_cache(ids(2, 9), ["blocks.1.attn.hook_[qkv]"])
+    ops = [lk.Set("blocks.1.hook_k_input", 0.3, heads=2), *(lk.Save(f"blocks.1.attn.hook_{part}") for part in "qkv")]
+    after = latent.run_with_hooks(ids(2, 9), ops).saved
+    for part in "qkv":
+        name = f"blocks.1.attn.hook_{part}"
+        changed = (after[name] - before[name]).abs().amax((0, 1, 3)) > 1e-6
+        assert changed.tolist() == [False, False, part == "k", False]
+
+
+def test_an_edit_of_a_latent_reaches_every_head(latent: lk.HookedTransformer) -> None:
+    ops = [lk.Set("blocks.1.attn.qkv.kv_latent.hook_latent", 0.0), lk.Save("blocks.1.attn.hook_v")]
+    assert not latent.run_with_hooks(ids(2, 9), ops).saved["blocks.1.attn.hook_v"].any()
+
+
+@pytest.mark.parametrize("point", ["q_latent.hook_latent", "kv_latent.norm.hook_scale", "hook_k_shared"])
+def test_a_latents_edit_and_inputs_by_head_exclude_each_other(latent: lk.HookedTransformer, point: str) -> None:
+    point = f"blocks.1.attn.qkv.{point}"
+    latent.run_with_cache(ids(2, 9), [point, "blocks.1.hook_v_input"])
+    with pytest.raises(HookConflictError, match=f"{point}(.|\n)*edit hook_q_input"):
+        latent.run_with_hooks(ids(2, 9), [lk.Scale(point, 2.0), lk.Save("blocks.1.hook_v_input")])
+
+
+def test_products_that_there_are_not_say_what_there_is(latent: lk.HookedTransformer) -> None:
+    with pytest.raises(LenskitError, match=r"no products of the stream(.|\n)*attn.qkv.W_UQ"):
+        _ = latent.W_Q
+    with pytest.raises(LenskitError, match=r"no W_DQ(.|\n)*use W_UQ"):
+        _ = latent_qkv(d_q_latent=None).W_DQ
 
 
 # -- attention
@@ -118,6 +183,33 @@ def test_padding_and_the_cache_change_nothing(name: str, window: int | None) -> 
         assert error(together[row, kept], alone[0]) < (1e-5 if "rounded" not in name else 0.02)
 
 
+@pytest.mark.parametrize("d_value", [3, 11])
+@torch.no_grad()
+def test_values_may_be_narrower_or_wider_than_keys(d_value: int) -> None:
+    attn = drawn(UnevenAttention(latent_qkv(d_value=d_value), scale=0.3, bias=True))
+    x, mask = random(2, 7, D_MODEL), torch.arange(7) >= torch.tensor([0, 2])[:, None]
+    z = attn.fused(*attn.qkv(x), ForwardPass(7, x.device, mask))
+    assert z.shape == (2, HEADS, 7, d_value)
+    by_hand = attn.explicit(*attn.qkv(x), ForwardPass(7, x.device, mask))
+    assert error(z.transpose(1, 2)[mask], by_hand.transpose(1, 2)[mask]) < 1e-6
+
+
+@torch.no_grad()
+def test_values_of_another_width_keep_the_kernel_that_builds_no_matrix() -> None:
+    attn, x = drawn(UnevenAttention(latent_qkv(), scale=0.3, bias=True)), random(2, 7, D_MODEL)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # nothing else is allowed to run
+        attn.fused(*attn.qkv(x), ForwardPass(7, x.device))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@torch.no_grad()
+def test_a_rotary_tail_leaves_the_rest(interleaved: bool) -> None:
+    rotary, tail = (kind(RopeConfig(), d_head=4, n_ctx=9, interleaved=interleaved) for kind in (Rotary, RotaryTail))
+    x, tables = random(2, 3, 5, 10), rotary.tables(torch.arange(5)[None], 5, torch.float32)
+    assert torch.equal(tail(x, *tables)[..., :6], x[..., :6])
+    assert torch.equal(tail(x, *tables)[..., 6:], rotary(x[..., 6:], *tables))
+
+
 @torch.no_grad()
 def test_a_linear_bias_falls_with_the_distance() -> None:
     run = ForwardPass(4, torch.device("cpu"))
@@ -136,6 +228,19 @@ def test_a_sink_takes_its_share_of_every_row() -> None:
     softmax, scores = drawn(SinkSoftmax(HEADS)), random(2, HEADS, 3, 5)
     by_hand = scores.exp() / (scores.exp().sum(-1, keepdim=True) + softmax.sinks.exp()[:, None, None])
     assert error(softmax(scores, torch.float32), by_hand) < 1e-6
+
+
+@torch.no_grad()
+def test_without_its_sink_a_pattern_sums_to_one(tmp_path: Path) -> None:
+    model, tokens = lk.HookedTransformer.from_pretrained(hf_folder(Row("x", "gpt_oss"), tmp_path)), ids(2, 9)
+    point, pattern = "blocks.0.attn.softmax.hook_sink_scores", "blocks.0.attn.hook_pattern"
+    _, cache = model.run_with_cache(tokens, [point, pattern])
+    assert error(cache[point], model.blocks[0].attn.softmax.sinks[:, None, None].expand(2, -1, 9, 1)) == 0.0
+    assert float(cache[pattern].sum(-1)[:, 1].min()) < 0.9
+    ops = [lk.Set(point, float("-inf"), heads=1), lk.Save(pattern)]
+    sums = model.run_with_hooks(tokens, ops).saved[pattern].sum(-1)
+    assert error(sums[:, 1], torch.ones(2, 9)) < 1e-6
+    assert torch.equal(sums[:, 0], cache[pattern].sum(-1)[:, 0])
 
 
 # -- norms
@@ -167,6 +272,31 @@ def test_norms_are_what_they_say(name: str) -> None:
     assert error(norm(x), by_hand) < 1e-6
     norm.hook_scale.__dict__["attachments"] = ()  # somebody's, of another thread
     assert error(norm(x), by_hand) < 1e-6, "written out"
+
+
+# -- MLPs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_clamped_mlp_is_its_weights_and_its_limit_holds(bias: bool) -> None:
+    mlp, x = drawn(ClampedGatedMLP(D_MODEL, 5, bias=bias, alpha=1.7, limit=0.5)), random(2, 7, D_MODEL)
+    gate, linear = x @ mlp.W_gate + mlp.b_gate, x @ mlp.W_in + mlp.b_in
+    assert float(gate.max()) > 0.5 > -0.5 > float(linear.min())
+    gate, linear = gate.clamp(max=0.5), linear.clamp(-0.5, 0.5)
+    by_hand = (gate * (1.7 * gate).sigmoid() * (linear + 1)) @ mlp.W_out + mlp.b_out
+    assert error(mlp(x), by_hand) < 1e-6
+
+
+@torch.no_grad()
+def test_its_views_write_every_second_row() -> None:
+    mlp = drawn(ClampedGatedMLP(D_MODEL, 5, bias=True, alpha=1.7, limit=0.5))
+    mlp.W_gate.zero_()
+    mlp.b_in.fill_(1.0)
+    assert not mlp.w_in.weight[::2].any()
+    assert bool(mlp.w_in.weight[1::2].all())
+    assert mlp.w_in.bias[1::2].tolist() == [1.0] * 5
+    assert 1.0 not in mlp.w_in.bias[::2].tolist()
 
 
 # -- mixtures of experts
@@ -205,6 +335,32 @@ def test_a_mixture_is_the_weighted_sum_of_each_tokens_experts(name: str, shared:
             if shared:
                 by_hand = by_hand + moe.shared(token) * ((moe.shared_gate.weight @ token).sigmoid() if gate else 1.0)
             assert error(moe(x)[row, pos], by_hand) < 1e-5
+
+
+@torch.no_grad()
+def test_experts_are_chosen_within_groups_however_low_their_scores() -> None:
+    choose = SigmoidTopK(3, **GROUPED)
+    choose.correction.copy_(torch.tensor([-9.0, -9.0, -2.0, -2.0, -9.0, -9.0, -2.0, -2.0]))
+    _, experts = choose(random(2, 7, 8))
+    assert set(experts.flatten().tolist()) == {2, 3, 6, 7}
+
+
+@torch.no_grad()
+def test_a_correction_and_router_logits_stay_float32(tmp_path: Path) -> None:
+    """Half precision would round away what experts are told apart by; also in a checkpoint that lenskit wrote."""
+    folder = hf_folder(Row("x", "deepseek_v3"), tmp_path / "hf")
+    exact = lk.HookedTransformer.from_pretrained(folder).blocks[1].mlp.choose.correction
+    half = lk.HookedTransformer.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "saved")
+    for model in (half, lk.HookedTransformer.from_pretrained(tmp_path / "saved")):
+        assert torch.equal(model.blocks[1].mlp.choose.correction, exact)
+        assert model.embed.weight.dtype == torch.bfloat16
+    name = "blocks.1.mlp.hook_router_logits"
+    _, cache = half.run_with_cache(ids(2, 5), [name, "blocks.1.ln2.hook_out"])
+    by_hand = cache["blocks.1.ln2.hook_out"].float() @ half.blocks[1].mlp.router.weight.float().T
+    assert cache[name].dtype == torch.float32
+    assert error(cache[name], by_hand) < 1e-6
+    assert half.run_with_hooks(ids(2, 5), [lk.Add(name, torch.ones(8))]).logits.dtype == torch.bfloat16
 
 
 def test_normalised_after_is_normalised_before() -> None:
@@ -263,14 +419,31 @@ def test_joined_rows_are_split_and_joined_again() -> None:
     assert torch.equal(rule.store(rule.load([joined]))[0], joined)
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3"])
 @torch.no_grad()
-def test_experts_are_read_stacked_or_apart(tmp_path: Path) -> None:
-    apart = hf_folder(Row("x", "mixtral"), tmp_path / "apart")
+def test_experts_are_read_stacked_or_apart(model_type: str, tmp_path: Path) -> None:
+    apart = hf_folder(Row("x", model_type), tmp_path / "apart")
     hf_model(apart).save_pretrained(tmp_path / "stacked", save_original_format=False)
     names = load_file(tmp_path / "stacked" / "model.safetensors")
-    assert "model.layers.0.mlp.experts.gate_up_proj" in names
-    one, other = (lk.HookedTransformer.from_pretrained(folder) for folder in (apart, tmp_path / "stacked"))
-    assert torch.equal(one(ids(2, 5)), other(ids(2, 5)))
+    assert "model.layers.2.mlp.experts.gate_up_proj" in names
+    assert same_weights(*(lk.HookedTransformer.from_pretrained(folder) for folder in (apart, tmp_path / "stacked")))
+
+
+@torch.no_grad()
+def test_layers_past_the_last_are_left_out(tmp_path: Path) -> None:
+    folder, more = hf_folder(Row("x", "deepseek_v3"), tmp_path / "hf"), tmp_path / "more"
+    tensors = load_file(folder / "model.safetensors")
+    later = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if "layers.2." in n}
+    later |= {f"model.layers.3.{name}.weight": torch.ones(32) for name in ("enorm", "hnorm", "shared_head.norm")}
+    later |= {f"model.layers.3.{name}.weight": torch.ones(59, 32) for name in ("shared_head.head", "embed_tokens")}
+    later["model.layers.3.eh_proj.weight"] = torch.ones(32, 64)
+    shutil.copytree(folder, more)
+    save(more, {**tensors, **later})
+    assert same_weights(*(lk.HookedTransformer.from_pretrained(one) for one in (folder, more)))
+    lk.export(more, tmp_path / "exported")
+    assert load_file(tmp_path / "exported" / "model.safetensors").keys() == tensors.keys()
+    save(more, {**tensors, "model.layers.3.x": torch.ones(1)})
+    told(UnknownTensorError, more, "model.layers.3.x")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from lenskit.analysis.ablation import Ablation, ablate_heads
 from lenskit.analysis.heads import induction_scores, previous_token_scores, repeated_tokens
 from lenskit.analysis.lens import Guess, logit_lens, top_tokens
-from lenskit.analysis.losses import mean_loss, token_losses
+from lenskit.analysis.losses import masked_loss, mean_loss, token_losses
 from lenskit.analysis.patching import patch_heads, patch_positions
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ablate_heads",
     "induction_scores",
     "logit_lens",
+    "masked_loss",
     "mean_loss",
     "patch_heads",
     "patch_positions",

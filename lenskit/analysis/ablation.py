@@ -11,6 +11,7 @@ from lenskit.analysis.edited_runs import Edit, head_counts, score_edits
 from lenskit.analysis.losses import mean_loss
 from lenskit.hooks import HookPoint
 from lenskit.inputs import Input
+from lenskit.models.base import check_causal
 from lenskit.transformer import HookedTransformer
 
 
@@ -47,14 +48,16 @@ def ablate_heads(model: HookedTransformer, input: Input, *, point: str = "attn.h
         UnknownHookPointError: a block has no such point.
         AxisError: the point has no head axis.
         InputError: the model cannot take the input, or every prompt has only one token.
+        NotCausalError: the model is an encoder, which foretells no next token.
     """
+    check_causal(model, "the loss of next tokens")
     batch = model.to_tokens(input)
 
     def loss(logits: Tensor) -> Tensor:
         return mean_loss(logits, batch.tokens, batch.mask)
 
     edits: list[list[Edit]] = [[partial(_zero, h) for h in range(n)] for n in head_counts(model, point)]
-    whole = loss(model(batch.tokens, batch.mask))
+    whole = loss(model(batch))
     return Ablation(whole, score_edits(model, batch, point, edits, loss, max_rows=max_rows))
 
 

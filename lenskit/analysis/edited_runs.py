@@ -42,7 +42,7 @@ def score_edits(
     layers = range(model.cfg.n_layers)
     points = model.hook_names([f"blocks.{layer}.{point}" for layer in layers])
     entering = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
-    _, cache = model.run_with_cache(batch.tokens, entering, mask=batch.mask)
+    _, cache = model.run_with_cache(batch, entering)
     total = sum(len(some) for some in edits)
     # The delay, because nobody needs a bar for what takes less than a second.
     with load("tqdm.auto").tqdm(total=total, desc=point, unit="run", disable=None, leave=False, delay=1) as bar:

@@ -98,5 +98,5 @@ def _attention_back(
 
     points = [model.hook_points[name] for name in model.hook_names("blocks.*.attn.hook_pattern")]
     with attached(on_points(points, read, "read")):
-        model(batch.tokens, batch.mask, stop_at_layer=model.cfg.n_layers)
+        model(batch, stop_at_layer=model.cfg.n_layers)
     return torch.stack([scores[layer].to(model.device) for layer in sorted(scores)])

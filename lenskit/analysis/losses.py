@@ -1,10 +1,12 @@
-"""How well a model foretells its input: the cross-entropy of each next token, in nats."""
+"""How well a model foretells its input: the cross-entropy of each next token, or of masked ones, in nats."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lenskit.errors import InputError
+
+UNLABELLED = -100  # the label of what is not foretold
 
 
 def token_losses(
@@ -49,3 +51,28 @@ def mean_loss(
             fix="give longer prompts, or put a start token before them",
         )
     return losses[foretold].mean()
+
+
+def masked_loss(logits: Float[Tensor, "batch pos d_vocab"], labels: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+    """The mean of -log p(label) where there is one, in nats: how well an encoder fills in what was masked.
+
+    Args:
+        labels: the id that stood where the input has the mask token; -100, as in Hugging Face's, elsewhere.
+
+    Returns:
+        float32 at least, whatever the logits' dtype.
+
+    Raises:
+        InputError: no position has a label, or a label is no id.
+    """
+    masked, d_vocab = labels != UNLABELLED, logits.shape[-1]
+    wanted = labels[masked].long()
+    if not len(wanted) or bool(((wanted < 0) | (wanted >= d_vocab)).any()):
+        raise InputError(
+            "a masked loss needs labels",
+            got="none" if not len(wanted) else f"labels from {int(wanted.min())} to {int(wanted.max())}",
+            expected=f"ids from 0 to {d_vocab - 1} where a token was masked, and {UNLABELLED} elsewhere",
+            fix=f"labels = torch.where(tokens == tokenizer.mask_token_id, original, {UNLABELLED})",
+        )
+    exact = logits[masked].to(torch.promote_types(logits.dtype, torch.float32))
+    return (exact.logsumexp(-1) - exact.gather(-1, wanted[:, None]).squeeze(-1)).mean()

@@ -88,7 +88,7 @@ def patch_heads(
 
 def _cached(model: HookedTransformer, batch: Batch, point: str) -> ActivationCache:
     names = [f"blocks.{layer}.{point}" for layer in range(model.cfg.n_layers)]
-    return model.run_with_cache(batch.tokens, names, mask=batch.mask)[1]
+    return model.run_with_cache(batch, names)[1]
 
 
 def _copy_positions(clean: ActivationCache, positions: Sequence[int], activation: Tensor, hook: HookPoint) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from lenskit.checkpoints.devices import Device, device_of, dispatch, places
 from lenskit.checkpoints.files import TensorFiles
+from lenskit.checkpoints.multimodal import MODEL_TYPES, placements, refuse_changed_logits, text_config
 from lenskit.checkpoints.source import GENERATION_CONFIG, Source, read_json
 from lenskit.errors import (
     ConfigError,
     CorruptCheckpointError,
     InputError,
+    LenskitError,
     TensorShapeError,
     UnknownTensorError,
     UnsupportedModelError,
@@ -26,6 +28,7 @@ from lenskit.extras import load
 from lenskit.models.base import Decoder, Family
 from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
+from lenskit.modules.module import Module, at_least_float32
 from lenskit.weights import Drop, Placement, WeightTable, weight
 
 if TYPE_CHECKING:
@@ -36,11 +39,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Described:
-    """What a checkpoint's config says: the family, our config, and Hugging Face's as it was."""
+    """What a checkpoint's config says: the family, our config, and Hugging Face's as it was.
+
+    multimodal: whether there is more on disk than the text model, which the configs describe.
+    """
 
     family: Family
     cfg: DecoderConfig
     hf_config: dict[str, Any]
+    multimodal: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,29 @@ def describe(source: Source) -> Described:
             expected="model_type, the name of the architecture family",
             fix="add it, or give the folder of a Hugging Face checkpoint",
         )
+    multimodal = manifest is None and raw["model_type"] in MODEL_TYPES
+    if multimodal:
+        raw = text_model(raw, source)
     found = family(raw["model_type"], where=where)
     attributes = complete(raw, where=where) if manifest is None else manifest["config"]
     with _naming(where), torch.device("meta"):
         cfg = found.config.from_hf(attributes) if manifest is None else found.config.from_json(attributes)
-        next(iter(found.parts(cfg).blocks), None)  # one block, to see whether the values make a model
-    return Described(found, cfg, raw if manifest is None else manifest["hf_config"])
+        parts = found.parts(cfg)
+        next(iter(parts.blocks), None)  # one block, to see whether the values make a model
+        if multimodal:
+            refuse_changed_logits(parts.unembed)
+    return Described(found, cfg, raw if manifest is None else manifest["hf_config"], multimodal)
+
+
+def text_model(raw: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The config of the text model in a multi-modal one.
+
+    Raises:
+        ConfigError: Hugging Face refuses the config.
+    """
+    with _accepted(raw, str(source.config_file)):
+        text = text_config(_hf_config(raw), source.folder)
+    return {**text, "architectures": [family(text["model_type"], where=str(source.config_file)).hf_class]}
 
 
 @contextmanager
@@ -111,16 +135,25 @@ def complete(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     Raises:
         ConfigError: Hugging Face refuses it.
     """
-    try:
+    with _accepted(raw, where):
         config: dict[str, Any] = _hf_config(raw).to_dict()
-    except Exception as error:  # whatever the config class raises, it is about this file
+    return config
+
+
+@contextmanager
+def _accepted(raw: Mapping[str, Any], where: str) -> Iterator[None]:
+    """Whatever a config class of Hugging Face's raises is about this file."""
+    try:
+        yield
+    except LenskitError:
+        raise
+    except Exception as error:
         raise ConfigError(
             f"{where} is refused by Hugging Face's config class",
             got=f"{type(error).__name__}: {error}",
             expected=f"a valid {raw['model_type']} config",
             fix="correct the attribute that the message names",
         ) from error
-    return config
 
 
 def _hf_config(raw: Mapping[str, Any]) -> Any:
@@ -140,7 +173,8 @@ def matched(source: Source, described: Described, model: Decoder) -> Weights:
     if source.manifest is not None:  # lenskit's own checkpoints have our names on disk
         ours = [name for placement in table.placements() for name in placement.ours]
         table = WeightTable(tuple(weight(name, name) for name in ours), n_layers=1)
-    weights = Weights(files, table.match(files.files, source.where))
+    match = placements if described.multimodal else WeightTable.match
+    weights = Weights(files, match(table, files.files, source.where))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for placement in weights.placements:
         _check_shapes(placement, files, parameters)
@@ -166,7 +200,8 @@ def give_weights(
 
     Args:
         device: where all weights go; None for the CPU. "meta" leaves them out.
-        dtype: of all weights; None for the one that most of the numbers on disk have.
+        dtype: of all weights but those that a module keeps exact; None for the one that most of the numbers on disk
+            have.
         device_map: "auto", or module path prefix -> device; instead of `device`.
 
     Raises:
@@ -188,11 +223,19 @@ def give_weights(
 def _place(model: Decoder, weights: Weights, devices: Mapping[str, torch.device], dtype: torch.dtype) -> None:
     # The largest first: what is copied needs room for its original too, and now there is most of it.
     for placement in sorted(weights.placements, key=weights.size, reverse=True):
-        for name, tensor in zip(placement.ours, _read(placement, weights.files, devices, dtype), strict=True):
+        exact = any(_kept_exact(model, name) for name in placement.ours)
+        own = at_least_float32(dtype) if exact else dtype
+        for name, tensor in zip(placement.ours, _read(placement, weights.files, devices, own), strict=True):
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
             module._parameters[attribute] = nn.Parameter(tensor)
     model.tie()
+
+
+def _kept_exact(model: Decoder, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return isinstance(module, Module) and attribute in module.kept_exact
 
 
 def check_dtype(dtype: object) -> None:
@@ -272,7 +315,7 @@ def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
     Raises:
         CorruptCheckpointError: it has one that cannot be loaded.
     """
-    if not list(source.folder.glob("tokenizer*")) and not (source.folder / "vocab.json").exists():
+    if not any(list(source.folder.glob(name)) for name in ("tokenizer*", "vocab.json", "vocab.txt")):
         return None
     transformers, manifest = load("transformers"), source.manifest
     try:

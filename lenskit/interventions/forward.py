@@ -123,9 +123,8 @@ def rows_of(batch: Batch, run: PassRun) -> Batch:
     if not run.execution.multiple:
         return batch
     rows = list(run.geometry.rows)
-    tokens = batch.tokens[rows, run.trimmed :]
-    mask = None if batch.mask is None or run.geometry.prompt.own is None else batch.mask[rows, run.trimmed :]
-    return Batch(tokens, mask)
+    own = batch.each(lambda part: part[rows, run.trimmed :])
+    return own if run.geometry.prompt.own is not None else own._replace(mask=None)
 
 
 def forward(
@@ -164,7 +163,7 @@ def forward(
         except Stopped:
             pass
         run.finished([1] * len(rows))
-    return Result(*batch, execution.saved(model.cfg.n_layers), _joined(found, batch))
+    return Result(batch.tokens, batch.mask, execution.saved(model.cfg.n_layers), _joined(found, batch))
 
 
 def prefill(model: Decoder, batch: Batch, program: Program, past: Past | None) -> Past:

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lenskit.errors import HookConflictError, InputError
+from lenskit.errors import HookConflictError, InputError, NotCausalError
 from lenskit.hooks import THREAD, HookPoint, Watch
 from lenskit.models.config import DecoderConfig
 from lenskit.modules.attention import SelfAttention
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
-from lenskit.modules.linear import Embed, LearnedPositions, Unembed
+from lenskit.modules.linear import Embed, LearnedPositions, TokenTypes, Unembed
 from lenskit.modules.mlp import FeedForward
 from lenskit.modules.module import Identity, Module
 from lenskit.modules.norms import Norm
@@ -114,14 +114,15 @@ class Block(Module):
             return norm(resid)  # only another thread's pass asked
         if isinstance(norm, Norm):
             self._refuse_hooks_on(norm, "per-head inputs", "hook_q_input, hook_k_input or hook_v_input")
-            norm(resid)  # for those who read the norm's own points
-            norm = norm.fused  # type: ignore[assignment]
+        whole = norm(resid)  # now, for those who read the norm's own points
+        norm = norm.fused if isinstance(norm, Norm) else norm  # type: ignore[assignment]
         group, groups = self.attn.group, self.hook_attn_in.sizes["head"]
         attn_in = self.hook_attn_in(resid.unsqueeze(2).expand(-1, -1, groups, -1))
         return HeadInputs(
             norm(self.hook_q_input(attn_in.repeat_interleave(group, 2))),
             norm(self.hook_k_input(attn_in)),
             norm(self.hook_v_input(attn_in)),
+            whole,
         )
 
     def _refuse_hooks_on(self, norm: Norm, inputs: str, instead: str) -> None:
@@ -136,13 +137,18 @@ class Block(Module):
 
 
 class Parts(NamedTuple):
-    """What a family builds a decoder from. `pos_embed` is `Identity()` where positions enter in attention."""
+    """What a family builds a decoder from. `pos_embed` is `Identity()` where positions enter in attention.
+
+    token_types: adds a vector for each token's type. ln_embed: a norm of what the embeddings sum to. None for none.
+    """
 
     embed: Embed
     pos_embed: LearnedPositions | Identity
     blocks: Iterable[Block]
     ln_final: Module
     unembed: Unembed
+    token_types: TokenTypes | None = None
+    ln_embed: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,10 @@ class Family:
 
 
 class Decoder(Module):
-    """Embedding, blocks, final norm, unembedding: the forward pass, nothing more."""
+    """Embedding, blocks, final norm, unembedding: the forward pass, nothing more.
+
+    causal: whether a token sees only those before it. Where it does not, in an encoder, nothing can be generated.
+    """
 
     __call__ = nn.Module.__call__  # with keywords
     inputs_on: torch.device | None = None  # where inputs go, if not to the embedding
@@ -166,13 +175,16 @@ class Decoder(Module):
         self.cfg = cfg
         self.embed = parts.embed
         self.hook_embed = HookPoint("batch pos d_model", d_model=cfg.d_model)
-        for name, point in parts.pos_embed.named_children():  # named hook_pos_embed, not pos_embed.hook_pos_embed
-            setattr(self, name, point)
-        self.pos_embed = parts.pos_embed
+        token_types = parts.token_types or Identity()
+        for name, point in (*parts.pos_embed.named_children(), *token_types.named_children()):
+            setattr(self, name, point)  # named hook_pos_embed, not pos_embed.hook_pos_embed
+        self.pos_embed, self.token_type_embed = parts.pos_embed, token_types
+        self.ln_embed = parts.ln_embed or Identity()
         self.blocks = nn.ModuleList(parts.blocks)
         self.ln_final = parts.ln_final
         self.unembed = parts.unembed
         self.tie()
+        self.causal = all(module.causal for module in self.modules() if isinstance(module, SelfAttention))
         self.hook_logits = HookPoint("batch pos d_vocab", d_vocab=cfg.d_vocab)
         self.hook_points: dict[str, HookPoint] = {}
         self._between: dict[tuple[int | None, int | None], dict[str, HookPoint]] = {}
@@ -197,6 +209,7 @@ class Decoder(Module):
         self,
         tokens: Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"],
         mask: Bool[Tensor, "batch pos"] | None = None,
+        token_types: Int[Tensor, "batch pos"] | None = None,
         *,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
@@ -210,6 +223,7 @@ class Decoder(Module):
         Args:
             tokens: ids; with `start_at_layer`, the stream that enters that layer instead.
             mask: True for a row's own tokens, False for (left) padding; None where nothing is padded.
+            token_types: each token's type, in models that have such; None where all are 0.
             start_at_layer: the first block to run, from the stream given; negative counts from the end.
             stop_at_layer: the first block not to run; what would enter it is returned.
             cache: the tokens before these, which are added to it; `mask` is still of these alone.
@@ -219,12 +233,21 @@ class Decoder(Module):
 
         Raises:
             InputError: no such layer; a cache of another batch, or for a part of the layers.
+            NotCausalError: a cache for an encoder.
         """
         if cache is not None:
+            check_causal(self, "a key-value cache")
             _check_cache(cache, tokens, whole=start_at_layer is None and stop_at_layer is None)
         prompts = range(tokens.shape[0]) if prompts is None else prompts
         run = ForwardPass(
-            tokens.shape[1], tokens.device, mask, cache=cache, step=step, prompts=prompts, n_logits=n_logits
+            tokens.shape[1],
+            tokens.device,
+            mask,
+            token_types=token_types,
+            cache=cache,
+            step=step,
+            prompts=prompts,
+            n_logits=n_logits,
         )
         blocks = islice(self.blocks, self._layer(start_at_layer, 0), self._layer(stop_at_layer, len(self.blocks)))
         layers = list(blocks)  # the compiler cannot take up an iterator
@@ -253,7 +276,8 @@ class Decoder(Module):
         return logits
 
     def _enter(self, tokens: Int[Tensor, "batch pos"], run: ForwardPass) -> Float[Tensor, "batch pos d_model"]:
-        return self.pos_embed(self.hook_embed(self.embed(tokens)), run.positions, run.n_keys)
+        resid = self.pos_embed(self.hook_embed(self.embed(tokens)), run.positions, run.n_keys)
+        return self.ln_embed(self.token_type_embed(resid, run.token_types))
 
     def _last(self, resid: Float[Tensor, "batch pos d_model"], run: ForwardPass) -> Float[Tensor, "batch n d_model"]:
         """What the unembedding reads: the final norm, of the columns that get logits."""
@@ -276,7 +300,8 @@ class Decoder(Module):
     def _points_between(self, start: int | None, stop: int | None) -> dict[str, HookPoint]:
         blocks = range(self._layer(start, 0), self._layer(stop, len(self.blocks)))
         before, after = start is None, stop is None
-        ends = {point.name: before if "embed" in point.name else after for point in self.hook_points.values()}
+        first = next(point.place for point in self.hook_points.values() if point.layer is not None)
+        ends = {point.name: before if point.place < first else after for point in self.hook_points.values()}
         return {
             name: point
             for name, point in self.hook_points.items()
@@ -295,6 +320,25 @@ class Decoder(Module):
                 fix="count from 0, or from the end with negative numbers",
             )
         return layer % n if layer < 0 else layer
+
+
+def check_causal(model: Decoder, what: str) -> None:
+    """See that a model's tokens see only those before them.
+
+    Args:
+        what: takes such a model.
+
+    Raises:
+        NotCausalError: it is an encoder.
+    """
+    if not model.causal:
+        raise NotCausalError(
+            f"{what} takes a model whose tokens see only those before them",
+            got=f"an encoder ({model.cfg.model_type}), whose tokens see the whole row",
+            expected="a decoder",
+            fix="put the tokenizer's mask token where one is to be foretold, and read the logits there: model(text), "
+            "run_with_hooks(text) or run_with_cache(text)",
+        )
 
 
 def _check_cache(cache: KVCache, tokens: Tensor, *, whole: bool) -> None:

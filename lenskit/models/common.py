@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from lenskit.errors import UnsupportedConfigError
 from lenskit.models.config import DecoderConfig
-from lenskit.weights import Rule, WeightTable, drop, head, rules_of
+from lenskit.weights import Rule, WeightTable, drop, head, rules_of, unstack
 
 LAYER = "model.layers.{l}."
 
@@ -38,6 +38,20 @@ def in_layers(
     biased = [name for name in names if bias is True or (bias is not False and name in bias)]
     placed = {layer + theirs: "blocks.{l}." + ours for theirs, ours in names.items()}
     return rules_of(placed, bias=[layer + name for name in biased], transpose=transpose)
+
+
+def apart_or_stacked(n_experts: int) -> tuple[list[Rule], list[Rule]]:
+    """Rules for gated experts: each with tensors of its own on disk, or a layer's in two, its gates above its linear
+    parts.
+    """
+    every, layer = range(n_experts), LAYER + "mlp.experts."
+    names = {theirs.removeprefix("mlp."): ours.removeprefix("mlp.") for theirs, ours in GATED_MLP.items()}
+    apart = {f"mlp.experts.{e}.{theirs}": f"mlp.experts.{e}.{ours}" for e in every for theirs, ours in names.items()}
+    gates, outs = (
+        [f"blocks.{{l}}.mlp.experts.{e}.{part}.weight" for e in every for part in parts]
+        for parts in (("w_gate", "w_in"), ("w_out",))
+    )
+    return in_layers(apart), [unstack(layer + "gate_up_proj", gates, parts=2), unstack(layer + "down_proj", outs)]
 
 
 def table(

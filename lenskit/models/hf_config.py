@@ -18,14 +18,14 @@ HARMLESS = frozenset(
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     output_attentions output_hidden_states output_past output_scores return_dict return_dict_in_generate torchscript
     is_decoder cross_attention_hidden_size tie_encoder_decoder chunk_size_feed_forward
-    use_bfloat16 gradient_checkpointing pretraining_tp tf_legacy_loss xla_device
+    use_bfloat16 gradient_checkpointing neftune_noise_alpha pretraining_tp tf_legacy_loss xla_device
 
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty num_return_sequences
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids remove_invalid_values exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens
 
-    n_ctx n_special predict_special_tokens max_sequence_length is_llama_config
+    n_ctx n_special predict_special_tokens max_sequence_length is_llama_config is_composition
     cache_implementation output_router_logits router_aux_loss_coef router_jitter_noise
     unsloth_fixed unsloth_version transformers.js_config _flash_attn_2_enabled
     """.split()  # noqa: SIM905 (a list of words reads better than a list of quotes)
@@ -36,6 +36,8 @@ NEUTRAL: dict[str, tuple[Any, str]] = {
     "quantization_config": (None, "lenskit computes with plain weights; load a version that is not quantised"),
     "is_encoder_decoder": (False, "there is no encoder here"),
     "pruned_heads": ({}, "every layer has all its heads"),
+    "add_cross_attention": (False, "there is nothing else to attend to"),
+    "qk_layer_norms": (False, "queries and keys are as they are"),
     "rope_interleaved": (False, "pairs of rotated dimensions are halves apart"),
 }
 

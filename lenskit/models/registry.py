@@ -7,13 +7,17 @@ from lenskit.models.base import Family
 
 # Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
 MODULES = {
+    "bert": "lenskit.models.bert",
     "bloom": "lenskit.models.bloom",
+    "deepseek_v3": "lenskit.models.deepseek_v3",
     "falcon": "lenskit.models.falcon",
     "gemma": "lenskit.models.gemma",
     "gemma2": "lenskit.models.gemma2",
+    "gemma3_text": "lenskit.models.gemma3",
     "gpt2": "lenskit.models.gpt2",
     "gpt_neo": "lenskit.models.gpt_neo",
     "gpt_neox": "lenskit.models.gpt_neox",
+    "gpt_oss": "lenskit.models.gpt_oss",
     "gptj": "lenskit.models.gptj",
     "granite": "lenskit.models.granite",
     "llama": "lenskit.models.llama",

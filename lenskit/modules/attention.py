@@ -1,15 +1,17 @@
-"""Causal self-attention, put together from parts: a query-key-value projection, rotary embeddings or none.
+"""Self-attention, put together from parts: a query-key-value projection, rotary embeddings or none.
 
-`Attention` is the plain kind and the fastest. `ExtendedAttention` takes the parts that fewer models have: norms of
-queries and keys, clipping, a soft cap, position biases, sinks.
+`Attention` is the plain kind and the fastest; `BidirectionalAttention` is the same without causality.
+`ExtendedAttention` takes the parts that fewer models have: norms of queries and keys, clipping, a soft cap, position
+biases, sinks.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lenskit.hooks import HookPoint, Watch
@@ -45,7 +47,12 @@ class SelfAttention(Module):
         window: how many keys a query sees, itself included, counted back from it; None for all before it
             (Beltagy et al. 2020, arXiv 2004.05150).
         between: a subclass's parts between the projections and the rotation: points are in the order of use.
+        on_scores: its parts between the scores and the pattern.
+
+    causal: whether a query sees no key that comes after it.
     """
+
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -56,29 +63,32 @@ class SelfAttention(Module):
         rotary: Rotary | None = None,
         window: int | None = None,
         between: Mapping[str, Module] | None = None,
+        on_scores: Mapping[str, Module] | None = None,
     ) -> None:
         super().__init__()
-        d_model, n_heads, n_key_value_heads, d_head = qkv.d_model, qkv.n_heads, qkv.n_key_value_heads, qkv.d_head
+        d_model, n_heads, n_key_value_heads = qkv.d_model, qkv.n_heads, qkv.n_key_value_heads
         self.scale, self.window = scale, window
         self.group = n_heads // n_key_value_heads  # query heads that read one key-value head
 
-        def heads(n: int) -> HookPoint:
+        def heads(n: int, d_head: int = qkv.d_head) -> HookPoint:
             return HookPoint("batch pos head d_head", swapped=("pos", "head"), head=n, d_head=d_head)
 
         self.qkv = qkv
         self.hook_q, self.hook_k = heads(n_heads), heads(n_key_value_heads)
-        self.hook_v = heads(n_key_value_heads)
+        self.hook_v = heads(n_key_value_heads, qkv.d_value)
         for name, part in (between or {}).items():
             self.add_module(name, part)
         self.rotary: Rotary | Unrotated = rotary or Unrotated()
         self.hook_rot_q: HookPoint | Identity = heads(n_heads) if rotary else Identity()
         self.hook_rot_k: HookPoint | Identity = heads(n_key_value_heads) if rotary else Identity()
         self.hook_attn_scores = HookPoint("batch head query_pos key_pos", head=n_heads)
+        for name, part in (on_scores or {}).items():
+            self.add_module(name, part)
         self.hook_pattern = HookPoint("batch head query_pos key_pos", head=n_heads)
         self.watch = Watch(self.hook_attn_scores, self.hook_pattern)
-        self.hook_z = HookPoint("batch pos head d_head", head=n_heads, d_head=d_head)
+        self.hook_z = HookPoint("batch pos head d_head", head=n_heads, d_head=qkv.d_value)
         self.hook_result = HookPoint("batch pos head d_model", on_demand=True, head=n_heads, d_model=d_model)
-        self.o = Linear(n_heads * d_head, d_model, bias=bias)
+        self.o = Linear(n_heads * qkv.d_value, d_model, bias=bias)
 
     @abstractmethod
     def forward(
@@ -86,11 +96,15 @@ class SelfAttention(Module):
     ) -> Float[Tensor, "batch pos d_model"]:
         """What attention writes to the stream (before a norm of its output, if there is one)."""
 
+    def hidden(self, run: ForwardPass) -> Bool[Tensor, "rows 1 _ key_pos"] | None:
+        """True for the keys that a query may not look at; None where it may look at all of them."""
+        return run.hidden(self.window)
+
     def _by_group(self, x: Float[Tensor, "batch head query_pos n"]) -> Float[Tensor, "batch kv_head group_query n"]:
         """A group's heads as so many more queries of its key-value head, which so is never repeated."""
         return x if self.group == 1 else x.reshape(x.shape[0], x.shape[1] // self.group, -1, x.shape[3])
 
-    def project(self, z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos d_model"]:
+    def project(self, z: Float[Tensor, "batch pos head d_value"]) -> Float[Tensor, "batch pos d_model"]:
         """Back to the stream; head by head only where somebody asked for `hook_result`."""
         if self.hook_result.attachments is None:
             return self.o(z.flatten(2))
@@ -105,12 +119,12 @@ class SelfAttention(Module):
         return self.qkv.weights()[1]
 
     @property
-    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_value"]:
         return self.qkv.weights()[2]
 
     @property
-    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return self.o.weight.unflatten(1, (self.qkv.n_heads, self.qkv.d_head)).permute(1, 2, 0)
+    def W_O(self) -> Float[Tensor, "head d_value d_model"]:
+        return self.o.weight.unflatten(1, (self.qkv.n_heads, self.qkv.d_value)).permute(1, 2, 0)
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
@@ -121,7 +135,7 @@ class SelfAttention(Module):
         return self.qkv.biases()[1]
 
     @property
-    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+    def b_V(self) -> Float[Tensor, "kv_head d_value"]:
         return self.qkv.biases()[2]
 
     @property
@@ -152,9 +166,9 @@ class Attention(SelfAttention):
         self,
         q: Float[Tensor, "batch head query_pos d_head"],
         k: Float[Tensor, "batch kv_head key_pos d_head"],
-        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_value"],
         run: ForwardPass,
-    ) -> Float[Tensor, "batch head query_pos d_head"]:
+    ) -> Float[Tensor, "batch head query_pos d_value"]:
         """Attention in one kernel."""
         bias = run.attention_bias(q.dtype, self.window)
         if run.n_tokens > 1:
@@ -164,21 +178,42 @@ class Attention(SelfAttention):
         if self.group == 1:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
         z = F.scaled_dot_product_attention(self._by_group(q), k, v, attn_mask=bias, scale=self.scale)
-        return z.reshape(q.shape)
+        return z.reshape(*q.shape[:3], -1)
 
     def explicit(
+        self,
+        q: Float[Tensor, "batch head query_pos d_head"],
+        k: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_value"],
+        run: ForwardPass,
+    ) -> Float[Tensor, "batch head query_pos d_value"]:
+        """Attention written out, with its two hook points; the softmax in float32 at least."""
+        scores = (self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1)
+        hidden = self.hidden(run)
+        scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
+        pattern = self.hook_pattern(scores.softmax(-1, dtype=at_least_float32(q.dtype)).to(q.dtype))
+        return (self._by_group(pattern) @ v).view(*q.shape[:3], -1)
+
+
+class BidirectionalAttention(Attention):
+    """`Attention` in which a query sees all tokens of its row, those after it as well."""
+
+    causal = False
+
+    def fused(
         self,
         q: Float[Tensor, "batch head query_pos d_head"],
         k: Float[Tensor, "batch kv_head key_pos d_head"],
         v: Float[Tensor, "batch kv_head key_pos d_head"],
         run: ForwardPass,
     ) -> Float[Tensor, "batch head query_pos d_head"]:
-        """Attention written out, with its two hook points; the softmax in float32 at least."""
-        scores = (self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1)
-        hidden = run.hidden(self.window)
-        scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
-        pattern = self.hook_pattern(scores.softmax(-1, dtype=at_least_float32(q.dtype)).to(q.dtype))
-        return (self._by_group(pattern) @ v).view(q.shape)
+        """Attention in one kernel."""
+        bias = run.padding_bias(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=self.group > 1)
+
+    def hidden(self, run: ForwardPass) -> Bool[Tensor, "rows 1 _ key_pos"] | None:
+        """True for padding."""
+        return run.padding()
 
 
 class Softmax(Module):
@@ -193,17 +228,20 @@ class Softmax(Module):
 class SinkSoftmax(Softmax):
     """A softmax with one more score a head, learned, that no value belongs to: a pattern's rows sum to less than one
     (Xiao et al. 2023, arXiv 2309.17453; Miller 2023, "Attention is off by one"). `sinks`: [head].
+
+    `hook_sink_scores` [batch head query_pos 1] is that score, for every query: at -inf nothing goes to the sink.
     """
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
         self.sinks = empty(n_heads)
+        self.hook_sink_scores = HookPoint("batch head query_pos 1", head=n_heads)
 
     def forward(
         self, scores: Float[Tensor, "batch head query_pos key_pos"], dtype: torch.dtype
     ) -> Float[Tensor, "batch head query_pos key_pos"]:
-        sinks = self.sinks[:, None, None].expand(*scores.shape[:3], 1)
-        with_sinks = torch.cat((scores, sinks.to(scores.dtype)), -1)
+        sinks = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        with_sinks = torch.cat((scores, self.hook_sink_scores(sinks)), -1)
         return with_sinks.softmax(-1, dtype=at_least_float32(dtype))[..., :-1].to(dtype)
 
 
@@ -232,6 +270,7 @@ class ExtendedAttention(SelfAttention):
 
     q_norm: Module
     k_norm: Module
+    softmax: Softmax
 
     def __init__(
         self,
@@ -249,11 +288,11 @@ class ExtendedAttention(SelfAttention):
         softmax: Softmax | None = None,
     ) -> None:
         norms = {"q_norm": q_norm or Identity(), "k_norm": k_norm or Identity()}
-        super().__init__(qkv, scale=scale, bias=bias, rotary=rotary, window=window, between=norms)
+        softmaxes = {"softmax": softmax or Softmax()}
+        super().__init__(qkv, scale=scale, bias=bias, rotary=rotary, window=window, between=norms, on_scores=softmaxes)
         self.clip = Identity() if clip is None else Clip(clip)
         self.cap = Identity() if cap is None else SoftCap(cap)
         self.position_bias = position_bias or NoPositionBias()
-        self.softmax = softmax or Softmax()
         self.fusible = cap is None and softmax is None
 
     def forward(
@@ -274,9 +313,9 @@ class ExtendedAttention(SelfAttention):
         self,
         q: Float[Tensor, "batch head query_pos d_head"],
         k: Float[Tensor, "batch kv_head key_pos d_head"],
-        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_value"],
         run: ForwardPass,
-    ) -> Float[Tensor, "batch head query_pos d_head"]:
+    ) -> Float[Tensor, "batch head query_pos d_value"]:
         """Attention in one kernel."""
         bias = self.position_bias.mask(run, q.dtype, self.window)
         causal = bias is None and run.n_tokens > 1
@@ -288,12 +327,12 @@ class ExtendedAttention(SelfAttention):
         self,
         q: Float[Tensor, "batch head query_pos d_head"],
         k: Float[Tensor, "batch kv_head key_pos d_head"],
-        v: Float[Tensor, "batch kv_head key_pos d_head"],
+        v: Float[Tensor, "batch kv_head key_pos d_value"],
         run: ForwardPass,
-    ) -> Float[Tensor, "batch head query_pos d_head"]:
+    ) -> Float[Tensor, "batch head query_pos d_value"]:
         """Attention written out, with its two hook points."""
         scores = self.cap((self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1))
-        scores, hidden = self.position_bias(scores, run, self.window), run.hidden(self.window)
+        scores, hidden = self.position_bias(scores, run, self.window), self.hidden(run)
         scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
         pattern = self.hook_pattern(self.softmax(scores, q.dtype))
-        return (self._by_group(pattern) @ v).view(q.shape)
+        return (self._by_group(pattern) @ v).view(*q.shape[:3], -1)

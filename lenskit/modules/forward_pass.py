@@ -29,6 +29,7 @@ class ForwardPass:
         device: where the model's stream is.
         mask: [batch pos], True for a row's own tokens, False for padding; None where there is no padding. Of the
             tokens of this pass.
+        token_types: [batch pos], each token's type, in models that have such; None where all are 0.
         cache: keys and values of the tokens before these; attention adds to it.
         step: which pass of a generation this is; 0 for a prompt's.
         prompts: the rows' numbers in the batch that the user gave; None where they are its rows.
@@ -41,13 +42,14 @@ class ForwardPass:
         device: torch.device,
         mask: Bool[Tensor, "batch pos"] | None = None,
         *,
+        token_types: Int[Tensor, "batch pos"] | None = None,
         cache: KVCache | None = None,
         step: int = 0,
         prompts: Sequence[int] | None = None,
         n_logits: int | None = None,
     ) -> None:
         look_at_classes()
-        self.n_tokens, self.mask, self.cache = n_tokens, mask, cache
+        self.n_tokens, self.mask, self.cache, self.token_types = n_tokens, mask, cache, token_types
         self.step, self.prompts, self.n_logits = step, prompts, n_logits
         self.n_past = 0 if cache is None else cache.length  # columns before this pass
         self.n_keys = self.n_past + n_tokens
@@ -168,6 +170,21 @@ class ForwardPass:
             zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             self._biases[key] = zeros.masked_fill(~visible, float("-inf"))
         return self._biases[key]
+
+    def padding(self) -> Bool[Tensor, "batch 1 1 key_pos"] | None:
+        """True for keys that are padding: what is hidden where queries see both ways; None where nothing is padded.
+
+        A padding query sees what the others do: nothing reads it.
+        """
+        return None if self.mask is None else ~self.mask[:, None, None, :]
+
+    def padding_bias(self, dtype: torch.dtype) -> Float[Tensor, "batch 1 1 key_pos"] | None:
+        """The same for fused attention, which adds it to the scores: 0 or -inf."""
+        hidden = self.padding()
+        if hidden is None:
+            return None
+        zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return self.once(("padding", dtype), lambda: zeros.masked_fill(hidden, float("-inf")))
 
     def _own_keys(self) -> Bool[Tensor, "batch n_keys"] | None:
         """Which columns, past ones and this pass's, are a row's own tokens; None for all."""

@@ -1,5 +1,6 @@
-"""Matrix products: `Linear`, the token embedding, learned positions, and the unembedding."""
+"""Matrix products: `Linear`, the token embedding, learned positions and token types, and the unembedding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,32 @@ class OffsetPositions(LearnedPositions):
         return self.weight[self.offset :]
 
 
+class TokenTypes(Module):
+    """Adds a learned vector for each token's type, such as which text of a pair it is in; `W_token_type`
+    [type, d_model] is the stored weight.
+    """
+
+    def __init__(self, n_types: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = empty(n_types, d_model)
+        self.hook_token_type_embed = HookPoint("batch pos d_model", d_model=d_model)
+
+    def forward(
+        self, resid: Float[Tensor, "batch pos d_model"], types: Int[Tensor, "batch pos"] | None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The stream with the types' vectors added; without types, all tokens are of type 0."""
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        added = weight[0] if types is None else F.embedding(types, weight)
+        return resid + self.hook_token_type_embed(added.expand_as(resid))
+
+    @property
+    def W_token_type(self) -> Float[Tensor, "type d_model"]:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} types"
+
+
 class Unembed(Linear):
     """From the stream to logits; `W_U` [d_model, d_vocab] and `b_U` [d_vocab] are views of the stored weights."""
 
@@ -203,6 +230,25 @@ class TransformedUnembed(Unembed):
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.first.weight.T @ self.weight.T
+
+
+class NonlinearUnembed(Unembed):
+    """Logits of what the stream becomes in a layer of its own, `ln(act(dense(stream)))`. `W_U` reads the norm's output.
+
+    `hook_pre` is before the activation function, `hook_post` after it; the norm's points are `ln.hook_scale` and so on.
+    """
+
+    def __init__(
+        self, d_model: int, d_vocab: int, *, bias: bool, dense: Linear, act: Callable[[Tensor], Tensor], ln: Module
+    ) -> None:
+        super().__init__(d_model, d_vocab, bias=bias)
+        self.dense, self.act = dense, act
+        self.hook_pre = HookPoint("batch pos d_model", d_model=d_model)
+        self.hook_post = HookPoint("batch pos d_model", d_model=d_model)
+        self.ln = ln
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        return super().forward(self.ln(self.hook_post(self.act(self.hook_pre(self.dense(x))))))
 
 
 class AbsentBias(Tensor):

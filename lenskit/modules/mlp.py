@@ -66,12 +66,15 @@ class FeedForward(Module):
     """The part that every MLP shares: into d_mlp, an activation function, back to d_model.
 
     Weights as views: W_in [d_model, d_mlp], b_in [d_mlp], W_out [d_mlp, d_model], b_out [d_model].
+
+    Args:
+        n_in: rows of `w_in` for each number of the hidden layer: a subclass may have more than one product in it.
     """
 
-    def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool) -> None:
+    def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool, n_in: int = 1) -> None:
         super().__init__()
         self.act = activation(act_fn)
-        self.w_in = Linear(d_model, d_mlp, bias=bias)
+        self.w_in = Linear(d_model, n_in * d_mlp, bias=bias)
         self.w_out = Linear(d_mlp, d_model, bias=bias)
         self.hook_pre = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
 
@@ -127,3 +130,47 @@ class GatedMLP(FeedForward):
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"]:
         return bias_view(self.w_gate.bias, self.w_gate.weight.shape[0], like=self.w_gate.weight)
+
+
+class ClampedGatedMLP(FeedForward):
+    """W_out (gate * sigmoid(alpha * gate) * (linear + 1)), where gate is at most `limit` and linear within `limit` of
+    zero: a SwiGLU whose outliers are cut off (OpenAI 2025, arXiv 2508.10925).
+
+    `hook_pre` is the gate and `hook_pre_linear` the linear part, both before they are cut off; `hook_post` is the
+    product. The rows of `w_in` take turns, gate and linear; W_gate, W_in and their biases are views of every second.
+
+    Args:
+        alpha: how steep the sigmoid is.
+        limit: in the units of the activation.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int, *, bias: bool, alpha: float, limit: float) -> None:
+        super().__init__(d_model, d_mlp, act_fn="sigmoid", bias=bias, n_in=2)
+        self.alpha, self.limit = alpha, limit
+        self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+        self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        both = self.w_in(x)
+        gate = self.hook_pre(both[..., ::2]).clamp(max=self.limit)
+        linear = self.hook_pre_linear(both[..., 1::2]).clamp(-self.limit, self.limit)
+        return self.w_out(self.hook_post(gate * self.act(self.alpha * gate) * (linear + 1)))
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.w_in.weight[::2].T
+
+    @property
+    def b_gate(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias_pairs()[:, 0]
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.w_in.weight[1::2].T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        return self._bias_pairs()[:, 1]
+
+    def _bias_pairs(self) -> Float[Tensor, "d_mlp 2"]:
+        return bias_view(self.w_in.bias, self.w_in.weight.shape[0] // 2, 2, like=self.w_in.weight)

@@ -9,7 +9,7 @@ torch.nn's behaviour and pays about a tenth of that.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from threading import Lock
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,11 @@ class Module(Recorded):
 
     Submodules stay registered in `_modules` and are found in `__dict__` as well. Forward and backward hooks
     registered through torch still run: those of one module from the next call on, those of all from the next pass on.
+
+    kept_exact: its parameters that are loaded in float32 at least, whatever dtype the others get.
     """
+
+    kept_exact: ClassVar[tuple[str, ...]] = ()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)

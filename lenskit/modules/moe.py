@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -63,7 +64,11 @@ class SigmoidTopK(Choose):
         top_groups: the groups that a token may choose from.
         normalised: whether the weights are made to sum to one.
         multiplier: what they are multiplied by, last.
+
+    `correction` [expert] stays float32: it is what experts of nearly equal scores are told apart by.
     """
+
+    kept_exact = ("correction",)
 
     def __init__(
         self, top_k: int, *, n_experts: int, n_groups: int, top_groups: int, normalised: bool, multiplier: float
@@ -78,10 +83,21 @@ class SigmoidTopK(Choose):
         by_group = (scores + self.correction).unflatten(-1, (self.n_groups, -1))
         best = by_group.topk(2, -1).values.sum(-1).topk(self.top_groups, -1).indices
         left_out = torch.ones_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best, False)
-        experts = by_group.masked_fill(left_out[..., None], 0.0).flatten(-2).topk(self.top_k, -1).indices
+        experts = by_group.masked_fill(left_out[..., None], float("-inf")).flatten(-2).topk(self.top_k, -1).indices
         weights = scores.gather(-1, experts)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if self.normalised else weights
         return weights * self.multiplier, experts
+
+
+class ExactRouter(Linear):
+    """Logits in float32 at least, whatever the dtype of the stream and the weights."""
+
+    def __init__(self, d_model: int, n_experts: int) -> None:
+        super().__init__(d_model, n_experts, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch expert"]:
+        exact = at_least_float32(x.dtype)
+        return F.linear(x.to(exact), self.weight.to(exact))
 
 
 class MixtureOfExperts(Module):
@@ -102,7 +118,8 @@ class MixtureOfExperts(Module):
         super().__init__()
         layers = list(experts)
         self.router = router
-        self.hook_router_logits = HookPoint("batch pos expert", expert=len(layers))
+        exact = isinstance(router, ExactRouter)
+        self.hook_router_logits = HookPoint("batch pos expert", statistic=exact, expert=len(layers))
         self.choose = choose
         self.hook_expert_weights = HookPoint("batch pos choice", statistic=True, choice=choose.top_k)
         self.hook_expert_indices = HookPoint("batch pos choice", whole_numbers=True, choice=choose.top_k)

@@ -12,20 +12,31 @@ from lenskit.modules.module import Module
 
 
 class HeadInputs(NamedTuple):
-    """What each head's projections read, where somebody asked for one copy of the stream a head."""
+    """What each head's projections read, where somebody asked for one copy of the stream a head.
+
+    x: what all of them would read of the stream if nobody edited a copy.
+    """
 
     q: Float[Tensor, "batch pos head d_model"]
     k: Float[Tensor, "batch pos kv_head d_model"]
     v: Float[Tensor, "batch pos kv_head d_model"]
+    x: Float[Tensor, "batch pos d_model"]
 
 
 class QKV(Module):
-    """The projections to queries, keys and values; how their weights lie in memory is the subclass's affair."""
+    """The projections to queries, keys and values; how their weights lie in memory is the subclass's affair.
 
-    def __init__(self, d_model: int, *, n_heads: int, n_key_value_heads: int, d_head: int) -> None:
+    Args:
+        d_value: width of a value; None for that of a query and key, d_head.
+    """
+
+    def __init__(
+        self, d_model: int, *, n_heads: int, n_key_value_heads: int, d_head: int, d_value: int | None = None
+    ) -> None:
         super().__init__()
         self.d_model, self.n_heads = d_model, n_heads
         self.n_key_value_heads, self.d_head = n_key_value_heads, d_head
+        self.d_value = d_head if d_value is None else d_value
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +54,7 @@ class QKV(Module):
         """The same projections where every head reads an input of its own; the same layout as `forward`."""
         q, k, v = (
             torch.einsum("bphm,hmd->bhpd", x, weight) + bias[:, None]
-            for x, weight, bias in zip(inputs, self.weights(), self.biases(), strict=True)
+            for x, weight, bias in zip(inputs[:3], self.weights(), self.biases(), strict=True)
         )
         return q, k, v
 

@@ -176,9 +176,13 @@ def yarn(
     frequencies = 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
     if attention_factor is None:  # the paper's, or the ratio of two like it (arXiv 2405.04434)
         weights = (mscale, mscale_all_dim) if mscale and mscale_all_dim else (1.0, 0.0)
-        above, below = (0.1 * weight * math.log(max(factor, 1.0)) + 1.0 for weight in weights)
-        attention_factor = above / below
+        attention_factor = advised_amplitude(factor, weights[0]) / advised_amplitude(factor, weights[1])
     return frequencies, attention_factor
+
+
+def advised_amplitude(factor: float, weight: float = 1.0) -> float:
+    """YaRN's advice: longer contexts need larger scores."""
+    return 0.1 * weight * math.log(max(factor, 1.0)) + 1.0
 
 
 def longrope(

@@ -104,6 +104,18 @@ class Rotary(Module):
         return (_cached if cached else _signed)(self._key, length, device)
 
 
+class RotaryTail(Rotary):
+    """Turns the last d_head dimensions of queries and keys that are wider; those before them stay as is."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch head pos d_wide"],
+        cos: Float[Tensor, "rows 1 pos d_rotary"],
+        sin: Float[Tensor, "rows 1 pos d_rotary"],
+    ) -> Float[Tensor, "batch head pos d_wide"]:
+        return torch.cat((x[..., : -self.d_head], super().forward(x[..., -self.d_head :], cos, sin)), -1)
+
+
 # What identifies the frequencies of a module: rope type, its arguments, (theta, d_head, d, n_ctx), interleaved.
 Key = tuple[str, tuple[tuple[str, Any], ...], tuple[float, int, int, int], bool]
 

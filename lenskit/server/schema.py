@@ -33,7 +33,7 @@ class ErrorBody(BaseModel):
 
 
 class Cost(BaseModel):
-    """See `lenskit.server.preparing.Cost`."""
+    """See `lenskit.server.admission.Cost`."""
 
     passes: int
     tokens: int

@@ -26,12 +26,13 @@ from lenskit.errors import (
     ResultGoneError,
 )
 from lenskit.remote.wire import error_from_wire, error_to_wire, pack
+from lenskit.server.admission import admit
 from lenskit.server.config import Config, KeyLimits, Model
 from lenskit.server.database import FINAL, Entry, Jobs, Keys, connect
 from lenskit.server.hub import Hub
-from lenskit.server.preparing import Structure, prepare
 from lenskit.server.results import Results
 from lenskit.server.workers import Note, Workers
+from lenskit.transformer import HookedTransformer
 
 LOG = logging.getLogger("lenskit.server")
 NOBODY = "everybody"  # whose jobs are those of a server without keys
@@ -58,9 +59,12 @@ class Served:
         source = find(model.where, revision=model.revision)
         described = describe(source)
         with torch.device("meta"):
-            bare = Structure(described.cfg, seed=None)
+            bare = HookedTransformer(described.cfg, seed=None)
         dtype = matched(source, described, bare).dtype() if model.dtype is None else getattr(torch, model.dtype)
-        self.structure = Structure.from_pretrained(model.where, device="meta", dtype=dtype, revision=model.revision)
+        self.structure = HookedTransformer.from_pretrained(
+            model.where, device="meta", dtype=dtype, revision=model.revision
+        )
+        self.structure.inputs_on = torch.device("cpu")
         self.files = _files(source.folder, MANIFEST if source.manifest is not None else "config.json")
         self.lock = threading.Lock()  # compiling plans is not for two threads at once
 
@@ -191,7 +195,7 @@ class Service:
         """
         served = self.model(job.get("model") if isinstance(job, Mapping) else None)
         with served.lock:
-            ready = prepare(served.structure, job, tensors, limits=self.config.job)
+            ready = admit(served.structure, job, tensors, limits=self.config.job)
         options = job.get("options") or {}
         if options.get("do_sample") and options.get("seed") is None:  # so that it can be run again, and is the same
             job = {**job, "options": {**options, "seed": secrets.randbits(63)}}

@@ -26,9 +26,9 @@ from lenskit.generation import Generation, Step
 from lenskit.interventions.execution import Execution
 from lenskit.interventions.forward import Result, forward
 from lenskit.remote.wire import error_to_wire, pack, result_to_wire, unpack
+from lenskit.server.admission import Ready, admit
 from lenskit.server.config import Config, Model
 from lenskit.server.database import Entry, Jobs, connect
-from lenskit.server.preparing import Prepared, prepare
 from lenskit.server.results import Results
 from lenskit.transformer import HookedTransformer
 
@@ -43,7 +43,7 @@ class Task:
 
     id: str
     row: Entry
-    prepared: Prepared
+    ready: Ready
 
 
 @dataclass(eq=False)
@@ -102,14 +102,14 @@ class Worker:
     def _prepared(self, row: Entry) -> Task | None:
         try:
             job, tensors = unpack(row.body)
-            return Task(row.id, row, prepare(self.model, job, tensors))
+            return Task(row.id, row, admit(self.model, job, tensors))
         except Exception as error:
             self._failed(row.id, error)
             return None
 
     def _run_all(self, tasks: Sequence[Task]) -> None:
         """Together where that can be, and each alone where together it cannot."""
-        shared = [task for task in tasks if not task.prepared.alone]
+        shared = [task for task in tasks if not task.ready.alone]
         if len(shared) > 1:
             try:
                 shared = self._together(shared)
@@ -119,13 +119,13 @@ class Worker:
                 # Anew, because what runs has drawn random numbers.
                 left = [task.row for task in shared if task.id not in self._over]
                 shared = [task for row in left if (task := self._prepared(row)) is not None]
-        for task in (*shared, *(task for task in tasks if task.prepared.alone)):
+        for task in (*shared, *(task for task in tasks if task.ready.alone)):
             self._alone(task)
 
     def _together(self, tasks: Sequence[Task]) -> list[Task]:
         """Run them as one batch; gives none back."""
         self._over = set()
-        run = SharedRun(self.model, [task.prepared.work for task in tasks])
+        run = SharedRun(self.model, [task.ready.work for task in tasks])
         pairs = list(zip(tasks, run.members, strict=True))
         while not run.over:
             run.step()
@@ -149,7 +149,7 @@ class Worker:
             self._let_go()
 
     def _outcome(self, task: Task) -> Result | Generation | Exception:
-        work = task.prepared.work
+        work = task.ready.work
         if isinstance(work, Forward):
             with torch.set_grad_enabled(bool(work.program.gradients)):
                 return forward(self.model, work.batch, work.program)
@@ -183,7 +183,7 @@ class Worker:
 
     def _write(self, task: Task, outcome: Result | Generation) -> None:
         try:
-            if isinstance(outcome, Result) and not task.prepared.logits:
+            if isinstance(outcome, Result) and not task.ready.logits:
                 outcome = Result(outcome.tokens, outcome.mask, outcome.saved, None)
             data = pack(*result_to_wire(outcome))
             self.results.write(task.id, data)
@@ -191,7 +191,7 @@ class Worker:
         except Exception as error:
             self._failed(task.id, error)
             return
-        self._report(task.id, "done", result_bytes=len(data), step=task.prepared.steps)
+        self._report(task.id, "done", result_bytes=len(data), step=task.ready.steps)
 
     def _failed(self, id: str, error: Exception) -> None:
         if not isinstance(error, LenskitError):

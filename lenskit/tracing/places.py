@@ -26,6 +26,7 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "": ("hook_logits",),
     "embed": ("hook_embed",),
     "pos_embed": ("hook_pos_embed",),
+    "token_type_embed": ("hook_token_type_embed",),
     "block": ("hook_resid_post",),
     "attn": ("hook_attn_out",),
     "mlp": ("hook_mlp_out",),

@@ -5,6 +5,7 @@ from typing import Any
 
 from lenskit.errors import GenerationError, StepError
 from lenskit.interventions.selectors import Selector, Selectors, indices
+from lenskit.models.base import Decoder, check_causal
 from lenskit.recording import plainly
 from lenskit.sampling import sampling_from
 from lenskit.tracing.blocks import Block
@@ -90,11 +91,12 @@ def _no_step(got: str, n: int) -> StepError:
     )
 
 
-def checked(max_new_tokens: Any, options: Mapping[str, Any]) -> tuple[int | None, int]:
+def checked(model: Decoder, max_new_tokens: Any, options: Mapping[str, Any]) -> tuple[int | None, int]:
     """How many steps a trace has (None for a forward pass), and how many rows a prompt.
 
     Raises:
         GenerationError: options that `generate` does not have or take, or options of a generation that is none.
+        NotCausalError: a generation of an encoder.
     """
     choices = {name: value for name, value in options.items() if name not in ("streamer", "progress", "return_logits")}
     config = choices.pop("generation_config", None)
@@ -106,4 +108,6 @@ def checked(max_new_tokens: Any, options: Mapping[str, Any]) -> tuple[int | None
             expected="both; without max_new_tokens, a trace is one forward pass, and has no options",
             fix="pass max_new_tokens=20, or leave the options out",
         )
+    if n_steps is not None:
+        check_causal(model, "a trace that generates")
     return n_steps, copies

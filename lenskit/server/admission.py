@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lenskit.batching import Forward, Work, can_share
 from lenskit.errors import InputError, LimitError
 from lenskit.generation import Generator
-from lenskit.inputs import Batch, to_batch, with_mask
 from lenskit.interventions.compiler import Compiler
 from lenskit.interventions.expressions import Act, Leaf, order
 from lenskit.interventions.expressions.evaluation import shape_of_node
@@ -32,16 +30,6 @@ OPTIONS = (
 )  # fmt: skip
 STOP_STRINGS = 64  # at most, of so many characters each: Hugging Face compares each with the whole vocabulary
 STOP_LENGTH = 200
-
-
-class Structure(HookedTransformer):
-    """A model without weights: what jobs are checked against."""
-
-    def batch(self, input: Any, mask: Tensor | None = None, **_: Any) -> Batch:
-        """As of any model, on the CPU."""
-        cpu = torch.device("cpu")
-        batch = to_batch(input, d_vocab=self.cfg.d_vocab, tokenizer=None, device=cpu, special_tokens=True)
-        return batch if mask is None else with_mask(batch.tokens, mask)
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ _FIXES = {
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Ready:
     """A job that is ready to run."""
 
     work: Work
@@ -115,9 +103,9 @@ class Prepared:
         return not can_share(self.work)
 
 
-def prepare(
+def admit(
     model: HookedTransformer, job: Any, tensors: Mapping[str, Tensor], *, limits: JobLimits | None = None
-) -> Prepared:
+) -> Ready:
     """A job as a run.
 
     Args:
@@ -132,8 +120,7 @@ def prepare(
         _check_size(limits, tokens, options, model)
         _check_ops(limits, job.get("plan"))
     plan = Plan() if job.get("plan") is None else Plan.from_json(job["plan"], tensors)
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    mask = None if mask is None or bool(mask.all()) else mask.to(device)
+    mask = None if mask is None or bool(mask.all()) else mask
     logits = bool(job.get("logits", verb == "forward"))
     work: Work
     if verb == "generate":
@@ -142,10 +129,10 @@ def prepare(
         batch = model.batch(tokens, mask)
         program = plan.compile(model, model.hook_points, geometry_of(batch, None), n_steps=None)
         work = Forward(batch, program)
-    prepared = Prepared(work, logits, cost_of(model, work, logits))
+    ready = Ready(work, logits, cost_of(model, work, logits))
     if limits is not None:
-        prepared.cost.check(limits, prepared.rows)
-    return prepared
+        ready.cost.check(limits, ready.rows)
+    return ready
 
 
 def _checked(job: Any) -> tuple[str, dict[str, Any]]:
