@@ -32,7 +32,8 @@ LenskitError
 ├── RemoteError                  a server that cannot do, or did not do, what it was asked
 │   ├── UnreachableError         no answer, however often it was asked
 │   ├── KeyRefusedError          no API key, or one that the server does not know
-│   ├── LimitError               more than the server allows: of one job, or of a key
+│   ├── LimitError               a job that is more than the server allows
+│   │   └── QuotaError           one that is more than its key may have now
 │   ├── NoSuchJobError           a job that is not there, or not this key's
 │   ├── JobUnfinishedError       the result of a job that is not done in time
 │   ├── JobCancelledError        the result of a job that was cancelled
@@ -192,7 +193,11 @@ class KeyRefusedError(RemoteError, PermissionError):
 
 
 class LimitError(RemoteError):
-    """More than the server allows: of one job, or of a key."""
+    """A job that is more than the server allows."""
+
+
+class QuotaError(LimitError):
+    """A job that is more than its key may have at the moment."""
 
 
 class NoSuchJobError(RemoteError, LookupError):

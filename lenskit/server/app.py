@@ -23,6 +23,7 @@ from lenskit.errors import (
     NoSuchJobError,
     OutOfRoomError,
     PlanFormatError,
+    QuotaError,
     ResultGoneError,
 )
 from lenskit.remote.wire import JSON, SAFETENSORS, error_to_wire, unpack
@@ -30,7 +31,7 @@ from lenskit.server import schema
 from lenskit.server.database import FINAL, MINUTE, Entry
 from lenskit.server.metrics import Metrics
 from lenskit.server.service import Caller, Service
-from lenskit.server.transfer import read_body, span
+from lenskit.server.transfer import RefusedError, read_body, span
 from lenskit.version import __version__
 
 LONGEST_WAIT = 60.0
@@ -43,7 +44,8 @@ STATUS: list[tuple[type[LenskitError], int]] = [
     (NoSuchJobError, 404),
     (CheckpointNotFoundError, 404),
     (ResultGoneError, 410),
-    (LimitError, 429),
+    (QuotaError, 429),
+    (LimitError, 413),
     (OutOfRoomError, 507),
     (PlanFormatError, 400),
     (LenskitError, 422),
@@ -81,13 +83,15 @@ def _add_errors(app: FastAPI) -> None:
     async def lenskit_error(_: Request, error: LenskitError) -> JSONResponse:
         return error_response(error)
 
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: RefusedError) -> JSONResponse:
+        return error_response(error.error, error.status)
+
     @app.exception_handler(RequestValidationError)
-    async def refused(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        bad = InputError(
-            "the request makes no sense", got=f"{where}: {first['msg']}"[:300], expected="see /docs", fix="correct it"
-        )
+        got = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:300]
+        bad = InputError("the request makes no sense", got=got, expected="what /docs says", fix="correct it")
         return error_response(bad, 400)
 
     @app.exception_handler(HTTPException)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
-from lenskit.errors import InputError, LimitError
+from lenskit.errors import InputError, QuotaError
 from lenskit.server.config import KeyLimits
 
 Entry = Any  # a row of a table; its columns are its attributes
@@ -48,6 +48,7 @@ jobs = sa.Table(
     sa.Column("finished", sa.Float),
     sa.Column("body", sa.LargeBinary),  # until it is finished
     sa.Column("cost", sa.Text, nullable=False),
+    sa.Column("expected_bytes", sa.BigInteger, nullable=False),  # of the result, at most
     sa.Column("error", sa.Text),
     sa.Column("result_bytes", sa.BigInteger),  # None: there is none, or not any more
     sa.UniqueConstraint("key", "idempotency"),
@@ -101,7 +102,7 @@ class Jobs:
             job: columns.
 
         Raises:
-            LimitError: the key has too much already.
+            QuotaError: the key has too much already.
         """
         with self._writing.begin() as connection:
             if job.get("idempotency") is not None:
@@ -122,7 +123,7 @@ class Jobs:
         if used["tokens_per_minute"] + job["tokens"] > limits.tokens_per_minute:
             got = f"{used['tokens_per_minute']:,} tokens in the last minute, and {job['tokens']:,} more"
             raise _over("tokens_per_minute", got, limits.tokens_per_minute, "in a minute")
-        needed = json.loads(job["cost"])["result_bytes"]
+        needed = job["expected_bytes"]
         if used["result_bytes"] + needed > limits.result_bytes:
             got = f"{used['result_bytes']:,} bytes of results, and {needed:,} more"
             raise _over("result_bytes", got, limits.result_bytes, "results are deleted (DELETE the jobs) or expire")
@@ -136,7 +137,8 @@ class Jobs:
         own = jobs.c.key == key
         recent = sa.case((jobs.c.created > time.time() - MINUTE, jobs.c.tokens), else_=0)
         queued = sa.case((jobs.c.status == "queued", 1), else_=0)
-        columns = [sa.func.coalesce(sa.func.sum(column), 0) for column in (queued, recent, jobs.c.result_bytes)]
+        held = sa.case((jobs.c.status.in_(UNFINISHED), jobs.c.expected_bytes), else_=jobs.c.result_bytes)
+        columns = [sa.func.coalesce(sa.func.sum(column), 0) for column in (queued, recent, held)]
         found = connection.execute(sa.select(*columns).where(own)).one()
         return dict(zip(("queued_jobs", "tokens_per_minute", "result_bytes"), map(int, found), strict=True))
 
@@ -352,8 +354,8 @@ def batch_of(queue: Sequence[Entry], *, rows: int, tokens: int) -> list[Entry]:
     return chosen
 
 
-def _over(limit: str, got: str, allowed: int, until: str) -> LimitError:
-    return LimitError(
+def _over(limit: str, got: str, allowed: int, until: str) -> QuotaError:
+    return QuotaError(
         f"this key's limit {limit} is reached",
         got=got,
         expected=f"at most {allowed:,}",

@@ -205,9 +205,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     401: _error("no key, or one that is not known"),
     404: _error("no such job of this key, no such model"),
     408: _error("an upload that stopped"),
-    413: _error("a body over the limit"),
+    413: _error("a body, or a job, over the limit of one"),
     422: _error("a plan, ids or options that cannot be carried out"),
-    429: _error("over a limit; Retry-After says when to come back"),
+    429: _error("more than the key may have now; Retry-After says when to come back"),
     503: _error("not now; Retry-After says when"),
     507: _error("no room on the disk"),
 }

@@ -210,6 +210,7 @@ class Service:
             "idempotency": idempotency,
             "body": pack(job, tensors),
             "cost": json.dumps(ready.cost.as_json()),
+            "expected_bytes": ready.cost.result_bytes,
         }
         row = self.jobs.accept(caller.key, caller.limits, columns)
         if self.workers is not None:
