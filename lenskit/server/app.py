@@ -124,11 +124,13 @@ def error_response(
 # -- jobs
 
 
-def caller_of(request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
+async def caller_of(request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
     """Who asks; a dependency."""
     scheme, _, key = (authorization or "").partition(" ")
     service: Service = request.app.state.service
-    return service.caller(key.strip() if scheme.lower() == "bearer" else None)
+    if not service.config.use_keys:  # the database need not be asked
+        return service.caller(None)
+    return await run_in_threadpool(service.caller, key.strip() if scheme.lower() == "bearer" else None)
 
 
 Asking = Annotated[Caller, Depends(caller_of)]

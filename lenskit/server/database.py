@@ -6,8 +6,11 @@ running; whoever notices puts them back (`requeue`). What a worker reports of a 
 
 import json
 import secrets
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -87,11 +90,30 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
+@dataclass(frozen=True)
+class Report:
+    """How a job ended: with a result of so many bytes, or an error."""
+
+    job: str
+    error: Mapping[str, str] | None = None
+    result_bytes: int | None = None
+    step: int | None = None
+
+
 class Jobs:
     """The jobs' table."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._writing = engine, engine.execution_options(writes=True)
+        self._engine, self._lock = engine, threading.Lock()
+        self._for_writing = engine.execution_options(writes=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        """A transaction that writes. The threads of a process take turns: SQLite would have them sleep and try again,
+        by which many of them lose more time than the writing takes.
+        """
+        with self._lock, self._for_writing.begin() as connection:
+            yield connection
 
     # -- clients
 
@@ -104,7 +126,7 @@ class Jobs:
         Raises:
             QuotaError: the key has too much already.
         """
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             if job.get("idempotency") is not None:
                 same = sa.and_(jobs.c.key == key, jobs.c.idempotency == job["idempotency"])
                 there = connection.execute(sa.select(jobs).where(same)).first()
@@ -162,7 +184,7 @@ class Jobs:
     def cancel(self, id: str, key: str) -> Entry | None:
         """Cancel a job that is not finished, and forget the result of one that is; None if there is none."""
         own = sa.and_(jobs.c.id == id, jobs.c.key == key)
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             values = {"status": "cancelled", "finished": time.time(), "body": None}
             connection.execute(sa.update(jobs).where(own, jobs.c.status.in_(UNFINISHED)).values(values))
             found = connection.execute(sa.select(jobs).where(own)).first()
@@ -173,7 +195,7 @@ class Jobs:
 
     def claim(self, model: str, worker: str, *, rows: int, tokens: int) -> Sequence[Entry]:
         """The next job of a model, and those behind it that fit into its batch."""
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             chosen = batch_of(fair(self._queue(connection, model)), rows=rows, tokens=tokens)
             if not chosen:
                 return []
@@ -191,33 +213,27 @@ class Jobs:
 
     def progress(self, ids: Iterable[str], worker: str, step: int) -> set[str]:
         """Note how far jobs are; gives those that are still the worker's."""
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             mine = sa.and_(jobs.c.id.in_(list(ids)), jobs.c.worker == worker, jobs.c.status == "running")
             connection.execute(sa.update(jobs).where(mine).values(step=step))
             return set(connection.execute(sa.select(jobs.c.id).where(mine)).scalars())
 
-    def finish(
-        self,
-        id: str,
-        worker: str,
-        status: str,
-        *,
-        error: Mapping[str, str] | None = None,
-        result_bytes: int | None = None,
-        step: int | None = None,
-    ) -> bool:
-        """Report how a job ended; False if it was taken from the worker, or cancelled."""
-        mine = sa.and_(jobs.c.id == id, jobs.c.worker == worker, jobs.c.status == "running")
+    def finish(self, reports: Sequence[Report], worker: str) -> list[bool]:
+        """Report how jobs ended; False for those that were taken from the worker, or cancelled."""
+        with self._writing() as connection:
+            return [self._finish(connection, report, worker) for report in reports]
+
+    def _finish(self, connection: Connection, report: Report, worker: str) -> bool:
+        mine = sa.and_(jobs.c.id == report.job, jobs.c.worker == worker, jobs.c.status == "running")
         values = {
-            "status": status,
+            "status": "done" if report.error is None else "failed",
             "finished": time.time(),
-            "error": None if error is None else json.dumps(error),
-            "result_bytes": result_bytes,
-            "step": step,
+            "error": None if report.error is None else json.dumps(report.error),
+            "result_bytes": report.result_bytes,
+            "step": report.step,
             "body": None,
         }
-        with self._writing.begin() as connection:
-            return connection.execute(sa.update(jobs).where(mine).values(values)).rowcount == 1
+        return connection.execute(sa.update(jobs).where(mine).values(values)).rowcount == 1
 
     def requeue(self, worker: str | None, attempts: int, error: Mapping[str, str]) -> list[tuple[str, str]]:
         """Put back what a worker that died (None: any) had begun, or report it as failed if that was often enough.
@@ -230,7 +246,7 @@ class Jobs:
             if worker is None
             else sa.and_(jobs.c.status == "running", jobs.c.worker == worker)
         )
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             failed = {"status": "failed", "finished": time.time(), "error": json.dumps(error), "body": None}
             found = connection.execute(sa.select(jobs.c.id, jobs.c.attempts).where(left)).all()
             connection.execute(sa.update(jobs).where(left, jobs.c.attempts >= attempts).values(failed))
@@ -241,7 +257,7 @@ class Jobs:
 
     def expired(self, before: float) -> list[str]:
         """Jobs whose results are older than a time; they are forgotten with this."""
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             old = sa.and_(jobs.c.finished < before, jobs.c.result_bytes.is_not(None))
             ids = list(connection.execute(sa.select(jobs.c.id).where(old)).scalars())
             connection.execute(sa.update(jobs).where(old).values(result_bytes=None))
@@ -249,7 +265,7 @@ class Jobs:
 
     def forget(self, before: float) -> None:
         """Remove jobs that ended before a time."""
-        with self._writing.begin() as connection:
+        with self._writing() as connection:
             connection.execute(sa.delete(jobs).where(jobs.c.finished < before))
 
     def with_results(self) -> set[str]:

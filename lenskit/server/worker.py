@@ -9,11 +9,11 @@ import contextlib
 import gc
 import json
 import os
+import queue
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +28,15 @@ from lenskit.interventions.forward import Result, forward
 from lenskit.remote.wire import error_to_wire, pack, result_to_wire, unpack
 from lenskit.server.admission import Ready, admit
 from lenskit.server.config import Config, Model
-from lenskit.server.database import Entry, Jobs, connect
+from lenskit.server.database import Entry, Jobs, Report, connect
 from lenskit.server.results import Results
 from lenskit.transformer import HookedTransformer
 
 IDLE_SECONDS = 1.0  # after which an idle worker looks again, though nobody woke it
 NOTED_SECONDS = 1.0  # between two notes in the database of how far jobs are
 TOLD_SECONDS = 0.05  # between two lines about it
+SECONDS_A_JOB = 0.002  # that are given to clients to send their next one, after a batch of many
+LONGEST_GATHERING = 0.15
 
 
 @dataclass(eq=False)
@@ -44,6 +46,9 @@ class Task:
     id: str
     row: Entry
     ready: Ready
+
+
+Ended = tuple[Task, Result | Generation] | Report
 
 
 @dataclass(eq=False)
@@ -66,9 +71,10 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._over: set[str] = set()  # of the batch that runs
-        self._writers = ThreadPoolExecutor(2, "results")
-        self._writing: list[Future[None]] = []
+        self._ended: queue.Queue[Ended] = queue.Queue()
+        threading.Thread(target=self._keep_results, name="results", daemon=True).start()
         self._noted = self._told = 0.0
+        self._newest = 0  # how many jobs the newest batch had
 
     def run(self) -> None:
         """Work until `stopping`."""
@@ -76,10 +82,10 @@ class Worker:
             self.awake.clear()
             if not self.once():
                 self.awake.wait(IDLE_SECONDS)
-        self._writers.shutdown()
 
     def once(self) -> bool:
         """Run the next batch, if there is one."""
+        self._gather()
         try:
             rows = self.jobs.claim(
                 self.model_name, self.name, rows=self.config.batch_rows, tokens=self.config.batch_tokens
@@ -87,17 +93,20 @@ class Worker:
         except SQLAlchemyError as error:  # the disk is full, or the database away: it may come back
             print(f"cannot claim jobs: {error}", file=sys.stderr)
             return False
+        self._newest = len(rows)
         if not rows:
             return False
         self.tell({"event": "begun", "jobs": [row.id for row in rows], "rows": sum(row.rows for row in rows)})
         tasks = [task for row in rows if (task := self._prepared(row)) is not None]
         self._run_all(tasks)
-        # So that no more results wait to be written than one batch has; what is running is never kept waiting.
-        waiting, self._writing = self._writing, []
-        for writing in waiting:
-            writing.result()
+        self._ended.join()  # so that no more results wait to be written than one batch has
         self.cancelled.clear()
         return True
+
+    def _gather(self) -> None:
+        """Where many jobs ran together, many come at once when they are answered: wait until most of them are there."""
+        if self._newest > 1:
+            time.sleep(min(LONGEST_GATHERING, self._newest * SECONDS_A_JOB))
 
     def _prepared(self, row: Entry) -> Task | None:
         try:
@@ -179,37 +188,51 @@ class Worker:
         if isinstance(outcome, Exception):
             self._failed(task.id, outcome)
         elif outcome is not None:
-            self._writing.append(self._writers.submit(self._write, task, outcome))
+            self._ended.put((task, outcome))
 
-    def _write(self, task: Task, outcome: Result | Generation) -> None:
+    def _failed(self, id: str, error: Exception) -> None:
+        if not isinstance(error, LenskitError):
+            print(f"{id} failed: {error!r}"[:2000], file=sys.stderr)
+        self._ended.put(Report(id, error_to_wire(_told(error))))
+
+    def _keep_results(self) -> None:
+        """Write results and note how jobs ended: of all that are there at once, in one transaction."""
+        while True:
+            ended = [self._ended.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    ended.append(self._ended.get_nowait())
+            reports = [some if isinstance(some, Report) else self._written(*some) for some in ended]
+            self._report(reports)
+            for _ in ended:
+                self._ended.task_done()
+
+    def _written(self, task: Task, outcome: Result | Generation) -> Report:
         try:
             if isinstance(outcome, Result) and not task.ready.logits:
                 outcome = Result(outcome.tokens, outcome.mask, outcome.saved, None)
             data = pack(*result_to_wire(outcome))
             self.results.write(task.id, data)
-            self.tell({"event": "saved", "job": task.id})
         except Exception as error:
-            self._failed(task.id, error)
-            return
-        self._report(task.id, "done", result_bytes=len(data), step=task.ready.steps)
+            print(f"the result of {task.id} cannot be written: {error!r}"[:2000], file=sys.stderr)
+            return Report(task.id, error_to_wire(_told(error)))
+        self.tell({"event": "saved", "job": task.id})
+        return Report(task.id, result_bytes=len(data), step=task.ready.steps)
 
-    def _failed(self, id: str, error: Exception) -> None:
-        if not isinstance(error, LenskitError):
-            print(f"{id} failed: {error!r}"[:2000], file=sys.stderr)
-        self._report(id, "failed", error=error_to_wire(_told(error)))
-
-    def _report(self, id: str, status: str, **values: Any) -> None:
+    def _report(self, reports: Sequence[Report]) -> None:
         """As often as it takes: a job whose end nobody notes would never end."""
         while True:
             try:
-                mine = self.jobs.finish(id, self.name, status, **values)
+                mine = self.jobs.finish(reports, self.name)
                 break
             except SQLAlchemyError as error:
-                print(f"cannot note that {id} is {status}: {error}"[:500], file=sys.stderr)
+                print(f"cannot note how {len(reports)} jobs ended: {error}"[:500], file=sys.stderr)
                 time.sleep(0.5)
-        if not mine and status == "done":
-            self.results.delete(id)  # cancelled meanwhile
-        self.tell({"event": "over", "job": id, "status": status if mine else "cancelled"})
+        for report, own in zip(reports, mine, strict=True):
+            if not own and report.error is None:
+                self.results.delete(report.job)  # cancelled meanwhile
+            status = "cancelled" if not own else "done" if report.error is None else "failed"
+            self.tell({"event": "over", "job": report.job, "status": status})
 
     def _let_go(self) -> None:
         gc.collect()
