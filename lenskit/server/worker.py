@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -282,8 +283,8 @@ def load(model: Model) -> HookedTransformer:
 
 
 def memory() -> list[dict[str, Any]]:
-    """Devices, and what of their memory is in use, in bytes."""
-    found = []
+    """Devices, and what of their memory is in use, in bytes; of the CPU's, by this process."""
+    found = [{"device": "cpu", "used": psutil.Process().memory_info().rss, "total": psutil.virtual_memory().total}]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         found.append({"device": f"cuda:{index}", "used": total - free, "total": total})
