@@ -52,7 +52,7 @@ def can_share(work: Work) -> bool:
     if isinstance(work, Generator) and (work.past is not None or work.streamer is not None):
         return False
     padding = batch.mask is None or bool(batch.mask[:, -1].all() and (batch.mask.int().diff(dim=1) >= 0).all())
-    return padding and next(iter(passes(Execution(program, generating=False)))).data_only
+    return padding and not next(passes(Execution(program, generating=False))).runs_python
 
 
 class Member:

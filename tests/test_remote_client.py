@@ -135,7 +135,7 @@ def test_a_model_has_all_but_its_weights(remote: lk.HookedTransformer, local: lk
 
 def test_a_forward_pass(remote: lk.HookedTransformer, local: lk.HookedTransformer) -> None:
     assert same(remote(TEXT), local(TEXT).detach())
-    ids, mask = local.to_tokens(TEXTS)
+    ids, mask, _ = local.to_tokens(TEXTS)
     assert same(remote(ids, mask)[mask], local(ids, mask)[mask].detach())
 
 

@@ -34,6 +34,7 @@ class PassRun:
     geometry: which rows, and their tokens. trimmed: columns of padding that they do without.
     active: for each row whether it still generates; None while all do.
     n_logits: how many of the last positions need logits in the present step; None for all.
+    runs_python: whether a user's Python function will see an activation.
     """
 
     def __init__(self, execution: Execution, number: int, geometry: Geometry, trimmed: int) -> None:
@@ -48,7 +49,7 @@ class PassRun:
         self._rebuild = True
         self._thread = get_ident()  # that the attachments are for: another one may take the next step
         self._depth = 0  # of the pass under way, among those that functions start within each other
-        self._functions = any(
+        self.runs_python = any(
             isinstance(op.op, Function) or any(map(is_python, op.op.expressions)) for op in self.program.ops
         )
         self._applied: dict[Expression, Any] = {}  # what Python functions in expressions returned in this step
@@ -97,7 +98,7 @@ class PassRun:
     @property
     def data_only(self) -> bool:
         """Whether no Python function will see an activation: this program's, or one that is attached by others now."""
-        if self._functions or torch_hooks_are_used():
+        if self.runs_python or torch_hooks_are_used():
             return False
         return nothing_attached() or all(point.attachments is None for point in self.program.points.values())
 
@@ -220,7 +221,7 @@ class PassRun:
         def read(x: Tensor) -> Tensor:
             value = part.selection.read(x)
             if not later:  # a function may keep what it returned, and write into it
-                self._at_hand[source] = value.clone() if self._functions else value
+                self._at_hand[source] = value.clone() if self.runs_python else value
             else:
                 ended = {self.geometry.rows[row] for row in part.rows if not self._is_active(row)}
                 entry = (part, value.clone(), ended)
