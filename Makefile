@@ -20,13 +20,16 @@ CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench install docs python clean again
+.PHONY: help demo serve test test-slow lint format bench install docs python clean again
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## show what the library does on the models it ships
 	$(VENV)/bin/lenskit demo $(ARGS)
+
+serve: $(VENV)/.installed ## serve the embedded models on this machine, without keys
+	$(VENV)/bin/lenskit serve demo-gpt2 demo-llama --no-keys $(ARGS)
 
 test: lint ## lint, then run the tests that are not marked slow
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(ARGS)

@@ -12,6 +12,8 @@ from lenskit.interventions.forward import Past, Result
 from lenskit.interventions.gradient_ops import Backward, SetGrad
 from lenskit.interventions.ops import Add, Read, Save, Scale, Set, Stop
 from lenskit.interventions.plan import Plan
+from lenskit.remote.asynchronous import connect_async
+from lenskit.remote.connection import connect
 from lenskit.transformer import HookedTransformer
 from lenskit.version import __version__
 
@@ -36,6 +38,8 @@ __all__ = [
     "SetGrad",
     "Stop",
     "__version__",
+    "connect",
+    "connect_async",
     "convert",
     "errors",
     "export",

@@ -15,6 +15,7 @@ from lenskit.checkpoints import write
 from lenskit.checkpoints.load import describe
 from lenskit.checkpoints.source import embedded_names, find
 from lenskit.errors import LenskitError
+from lenskit.extras import load
 from lenskit.models.registry import MODULES, family
 from lenskit.version import __version__
 
@@ -41,12 +42,18 @@ def told_plainly(command: Callable[P, None]) -> Callable[P, None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
+            for note in getattr(interrupt, "__notes__", ()):  # such as what became of a job on a server
+                typer.echo(note, err=True)
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from interrupt
 
     return wrapped
 
 
+Remote = Annotated[
+    str | None,
+    typer.Option(help="Run it on the server at this URL. The API key is LENSKIT_API_KEY, or in the settings' file."),
+]
 Source = Annotated[str, typer.Argument(help="An embedded name, a folder, or a Hugging Face hub id.")]
 Dest = Annotated[Path, typer.Argument(help="A folder that is not there yet, or is empty.")]
 Revision = Annotated[str | None, typer.Option(help="The hub's branch, tag or commit.")]
@@ -113,6 +120,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+    remote: Remote = None,
 ) -> None:
     """Continue prompts, with interventions from a plan."""
     options = {
@@ -123,7 +131,9 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-    commands.generate(source, prompts or (), plan=plan, save=save or (), out=out, as_json=as_json, options=options)
+    commands.generate(
+        source, prompts or (), plan=plan, save=save or (), out=out, as_json=as_json, options=options, remote=remote
+    )
 
 
 @app.command()
@@ -159,6 +169,7 @@ def extract(
     device_map: Annotated[str | None, typer.Option(help="auto: spread them over the devices that there are.")] = None,
     revision: Revision = None,
     token: Token = None,
+    remote: Remote = None,
 ) -> None:
     """Continue each prompt of a file alone; keep the texts, and hidden states, in a folder."""
     options = {
@@ -186,8 +197,73 @@ def extract(
         device=device,
         device_map=device_map,
         dtype=dtype,
+        remote=remote,
     )
     typer.echo(extraction.extract(job))
+
+
+Folder = Annotated[
+    Path | None, typer.Option(help="Of the database and the results; ~/.local/share/lenskit/server if left out.")
+]
+Database = Annotated[str | None, typer.Option(help="Of jobs and keys: an SQLAlchemy URL; SQLite in the folder.")]
+
+
+@app.command()
+@told_plainly
+def serve(
+    models: Annotated[list[str] | None, typer.Argument(help="Names, folders or hub ids; or NAME=SOURCE.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; see docs/server.md.")] = None,
+    host: Annotated[str | None, typer.Option(help="127.0.0.1 if left out: this machine only.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 if left out.")] = None,
+    folder: Folder = None,
+    database: Database = None,
+    no_keys: Annotated[bool, typer.Option("--no-keys", help="Let everybody on this machine in.")] = False,
+) -> None:
+    """Serve models over HTTP: interventions come as data, nobody's code is run."""
+    load("lenskit.server.command", extra="server").serve(
+        models or (),
+        config=config,
+        host=host,
+        port=port,
+        folder=folder,
+        database=database,
+        use_keys=False if no_keys else None,
+    )
+
+
+keys = typer.Typer(help="The API keys of a server.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("add")
+@told_plainly
+def add_key(
+    name: Annotated[str, typer.Argument(help="Whose it is.")],
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="queued_jobs=N, tokens_per_minute=N or result_bytes=N; repeatable. Else the server's."),
+    ] = None,
+    folder: Folder = None,
+    database: Database = None,
+) -> None:
+    """Make a key; it is printed now and never again."""
+    load("lenskit.server.command", extra="server").add_key(name, limits=limit or (), folder=folder, database=database)
+
+
+@keys.command("remove")
+@told_plainly
+def remove_key(
+    name: Annotated[str, typer.Argument(help="Whose it is.")], folder: Folder = None, database: Database = None
+) -> None:
+    """Remove a key."""
+    load("lenskit.server.command", extra="server").remove_key(name, folder=folder, database=database)
+
+
+@keys.command("list")
+@told_plainly
+def list_keys(folder: Folder = None, database: Database = None) -> None:
+    """Names and limits; the keys themselves are nowhere."""
+    load("lenskit.server.command", extra="server").list_keys(folder=folder, database=database)
 
 
 @app.command()

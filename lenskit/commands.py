@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lenskit.interventions.ops import Op, Save
 from lenskit.interventions.plan import Plan
 from lenskit.interventions.plan_file import tensors_file
 from lenskit.interventions.selectors import indices
+from lenskit.remote.connection import connect
 from lenskit.transformer import HookedTransformer
 
 Key = tuple[str, int | None]  # of a saved tensor: its name, and its step where there is one a step
@@ -34,6 +36,7 @@ def generate(
     out: Path | None,
     as_json: bool,
     options: dict[str, Any],
+    remote: str | None = None,
 ) -> None:
     """Continue prompts and print what comes; keep what was saved in a file.
 
@@ -45,6 +48,7 @@ def generate(
         out: a .safetensors file for what is saved; keys are the names, with /step behind where there is one a step.
         as_json: print one JSON object a prompt instead of text.
         options: of `HookedTransformer.generate`.
+        remote: the address of the server that has the model; None for here.
 
     Raises:
         LenskitError: whatever is wrong with the checkpoint, the plan or the options; nothing is written.
@@ -53,19 +57,29 @@ def generate(
     hooks: list[Op] = [*(Plan.load(plan).ops if plan else ()), *(Save(name) for name in save)]
     saves = [op for op in hooks if isinstance(op, Save)]
     _check_out(out, saves, plan, asked=bool(save))
-    model = HookedTransformer.from_pretrained(source)
     console = Console(soft_wrap=True, highlight=False)
-    if len(texts) == 1 and not as_json and sys.stdout.isatty():
-        console.print(Text(texts[0], "dim"), end="")
-        found = model.generate(texts, hooks=hooks, streamer=Shown(model, console), progress=False, **options)
-    else:
-        found = model.generate(texts, hooks=hooks, **options)
-        _tell(texts, found, console, as_json=as_json)
+    with loaded(source, remote) as model:
+        if len(texts) == 1 and not as_json and sys.stdout.isatty() and remote is None:
+            console.print(Text(texts[0], "dim"), end="")
+            found = model.generate(texts, hooks=hooks, streamer=Shown(model, console), progress=False, **options)
+        else:
+            found = model.generate(texts, hooks=hooks, **options)
+            _tell(texts, found, console, as_json=as_json)
     tensors = dict(_tensors(found, saves, model, options["max_new_tokens"]))
     if out is not None:
         _write(tensors, out)
     if saves and not as_json:
         _show(tensors, out)
+
+
+@contextmanager
+def loaded(source: str, remote: str | None) -> Iterator[HookedTransformer]:
+    """A model, here or on a server."""
+    if remote is None:
+        yield HookedTransformer.from_pretrained(source)
+    else:
+        with connect(remote) as server:
+            yield server.model(source)
 
 
 class Shown:

@@ -29,6 +29,16 @@ LenskitError
 ├── NotSavedError                a value that was asked for and never saved
 ├── GenerationError              options of `generate` that make no sense or are not supported
 ├── NotCausalError               an encoder that is asked to foretell what comes after a token
+├── RemoteError                  a server that cannot do, or did not do, what it was asked
+│   ├── UnreachableError         no answer, however often it was asked
+│   ├── KeyRefusedError          no API key, or one that the server does not know
+│   ├── LimitError               a job that is more than the server allows
+│   │   └── QuotaError           one that is more than its key may have now
+│   ├── NoSuchJobError           a job that is not there, or not this key's
+│   ├── JobUnfinishedError       the result of a job that is not done in time
+│   ├── JobCancelledError        the result of a job that was cancelled
+│   ├── ResultGoneError          a result that is not kept any more
+│   └── OutOfRoomError           no memory or disk left where the job ran
 └── MissingExtraError            an optional dependency that is not installed
 """
 
@@ -168,6 +178,46 @@ class NotSavedError(LenskitError, KeyError):
 
 class GenerationError(LenskitError, ValueError):
     """Options of `generate` that make no sense or are not supported."""
+
+
+class RemoteError(LenskitError, RuntimeError):
+    """A server that cannot do, or did not do, what it was asked."""
+
+
+class UnreachableError(RemoteError, ConnectionError):
+    """No answer from the server, however often it was asked."""
+
+
+class KeyRefusedError(RemoteError, PermissionError):
+    """No API key, or one that the server does not know."""
+
+
+class LimitError(RemoteError):
+    """A job that is more than the server allows."""
+
+
+class QuotaError(LimitError):
+    """A job that is more than its key may have at the moment."""
+
+
+class NoSuchJobError(RemoteError, LookupError):
+    """A job that is not there, or not this key's."""
+
+
+class JobUnfinishedError(RemoteError, TimeoutError):
+    """The result of a job that is not done in the time that was given."""
+
+
+class JobCancelledError(RemoteError):
+    """The result of a job that was cancelled."""
+
+
+class ResultGoneError(RemoteError):
+    """A result that is not kept any more."""
+
+
+class OutOfRoomError(RemoteError):
+    """No memory or disk left where the job ran."""
 
 
 class NotCausalError(LenskitError, TypeError):

@@ -6,7 +6,7 @@ same command goes on where the last one stopped (`resumable.py`).
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from lenskit.generation import Generation
 from lenskit.interventions.ops import Save
 from lenskit.interventions.plan import Plan
 from lenskit.interventions.selectors import Canonical, indices
+from lenskit.remote.connection import connect
 from lenskit.resumable import Folder
 from lenskit.sampling import sampling_from
 from lenskit.transformer import HookedTransformer
@@ -44,6 +45,7 @@ class Job:
     system: a system message for each prompt. chat: texts are users' messages even without one.
     generation_prompt: whether the template opens the answer.
     stacked: all states in one file. options: of `HookedTransformer.generate`; "seed" is an int.
+    remote: the address of the server that has the model; None for here.
     """
 
     source: str
@@ -62,15 +64,16 @@ class Job:
     device: str | None = None
     device_map: str | None = None
     dtype: str | None = None
+    remote: str | None = None
 
-    def manifest(self, asked: "Sequence[Asked]", found: Source) -> dict[str, Any]:
-        """What is kept about the folder. Devices are left out: a run may move to another machine."""
+    def manifest(self, asked: "Sequence[Asked]", found: "Found") -> dict[str, Any]:
+        """What is kept about the folder. Devices are left out, and a server's address: a run may move."""
         return {
             "lenskit": __version__,
             "model": self.source,
             "n_prompts": len(asked),
             "asked": {
-                "checkpoint": found.revision or _fingerprint(found),
+                "checkpoint": found.checkpoint,
                 "prompts": _digest([prompt.given for prompt in asked]),
                 "at": list(self.at),
                 "tokens": self.tokens,
@@ -83,6 +86,13 @@ class Job:
                 **self.options,
             },
         }
+
+
+class Found(NamedTuple):
+    """A checkpoint, here or on a server: what tells it from others, and how it becomes a model."""
+
+    checkpoint: str
+    load: Callable[[], HookedTransformer]
 
 
 class Asked(NamedTuple):
@@ -122,17 +132,37 @@ def extract(job: Job) -> str:
             before a prompt runs is raised before, and then nothing is written.
     """
     asked = read_prompts(job.prompts)
-    found = find(job.source, revision=job.revision, token=job.token)
-    folder = Folder(job.out, job.manifest(asked, found))
-    left = folder.n_finished() < len(asked)
-    ready = _ready(job, asked, found) if left else None
-    with folder.opened() as before:
-        if ready is not None:
-            for prompt in _bar(ready.prompts, before):
-                folder.add(*_run(job, ready, prompt))
-        if job.stacked:
-            folder.stack()
+    with _found(job) as found:
+        folder = Folder(job.out, job.manifest(asked, found))
+        left = folder.n_finished() < len(asked)
+        ready = _ready(job, asked, found) if left else None
+        with folder.opened() as before:
+            if ready is not None:
+                for prompt in _bar(ready.prompts, before):
+                    folder.add(*_run(job, ready, prompt))
+            if job.stacked:
+                folder.stack()
     return f"{len(asked)} prompts in {job.out}: {len(asked) - before} new, {before} from before"
+
+
+@contextmanager
+def _found(job: Job) -> Iterator[Found]:
+    if job.remote is None:
+        source = find(job.source, revision=job.revision, token=job.token)
+        yield Found(
+            source.revision or _fingerprint(source),
+            lambda: HookedTransformer.from_pretrained(
+                source.folder, device=job.device, device_map=job.device_map, dtype=_dtype(job.dtype)
+            ),
+        )
+        return
+    here = {"--device": job.device, "--device-map": job.device_map, "--dtype": job.dtype}
+    for option, value in {**here, "--revision": job.revision, "--token": job.token}.items():
+        if value is not None:
+            fix = f"leave {option} out: the server has loaded its models"
+            raise InputError(f"{option} is about weights here", got=f"{option}, and --remote", expected="one", fix=fix)
+    with connect(job.remote) as server:
+        yield Found(str(server.describe(job.source).get("digest")), lambda: server.model(job.source))
 
 
 def _bar(prompts: list[Prompt], before: int) -> Any:
@@ -258,13 +288,11 @@ def _about(asked: Asked) -> Iterator[None]:
 # -- running
 
 
-def _ready(job: Job, asked: Sequence[Asked], found: Source) -> Ready:
+def _ready(job: Job, asked: Sequence[Asked], found: Found) -> Ready:
     """The model and all else that is needed, with everything checked that is wrong from the start."""
     tokens, steps = _selector(job.tokens, "tokens"), _selector(job.steps, "steps")
     plan = Plan([Save(list(job.at), prompts=0, tokens=tokens, steps=steps)])
-    model = HookedTransformer.from_pretrained(
-        found.folder, device=job.device, device_map=job.device_map, dtype=_dtype(job.dtype)
-    )
+    model = found.load()
     names = model.hook_names(list(job.at))
     sampling_from(job.options)[0].check(model.cfg.d_vocab)
     prompts = []
@@ -274,7 +302,7 @@ def _ready(job: Job, asked: Sequence[Asked], found: Source) -> Ready:
     for extreme in (min, max):  # what fits the shortest and the longest fits all
         chosen = extreme(prompts, key=lambda prompt: len(prompt.ids))
         with _about(chosen.asked):
-            model.generate_steps(chosen.ids, hooks=plan, **job.options)  # which checks, and runs nothing yet
+            model.prepared(chosen.ids, plan, job.options)  # which checks, and runs nothing
     if job.stacked:
         _check_stackable(job, tokens, prompts, keys=any("key_pos" in model.hook_points[name].axes for name in names))
     return Ready(model, prompts, plan, names, sorted(indices(steps, job.options["max_new_tokens"])))

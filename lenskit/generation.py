@@ -6,7 +6,7 @@ unusual here: hooks are attached for the length of a step and no longer, so that
 steps as if nothing had been there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ from lenskit.errors import GenerationError, InputError
 from lenskit.extras import load
 from lenskit.inputs import Batch
 from lenskit.interventions.actions import Stopped
-from lenskit.interventions.execution import Execution, PassRun
+from lenskit.interventions.execution import Execution
 from lenskit.interventions.forward import Past, rows_of
+from lenskit.interventions.pass_run import PassRun, passes
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved
 from lenskit.models.base import Decoder
@@ -124,15 +125,15 @@ class Generator:
         execution = Execution(self.program, generating=True)
         steps: dict[int, list[Step]] = {}
         with self._bar() as bar:
-            for number, step in self._steps(execution):
+            for number, step in self.each(execution):
                 steps.setdefault(number, []).append(step)
                 bar.update()
-        return self._result(execution, steps)
+        return self.result(execution, steps)
 
     def steps(self) -> Iterator[Step]:
         """One step after another; what a step saved is in the step alone."""
         execution = Execution(self.program, generating=True)
-        for _, step in self._steps(execution):
+        for _, step in self.each(execution):
             yield Step(**{**vars(step), "saved": execution.take(step.index, self.model.cfg.n_layers)})
 
     def _bar(self) -> Any:
@@ -142,49 +143,20 @@ class Generator:
         delay = 1 if self.show is None else 0
         return load("tqdm.auto").tqdm(total=total, unit="token", disable=disable, leave=False, delay=delay)
 
-    def _steps(self, execution: Execution) -> Iterator[tuple[int, Step]]:
-        """The steps of all passes, each with its pass's number."""
+    def each(self, execution: Execution) -> Iterator[tuple[int, Step]]:
+        """Run: the steps of all passes, each with its pass's number."""
         if self.streamer is not None:
             self.streamer.put(self.batch.tokens.cpu())
-        for run in execution.passes():
+        for run in passes(execution):
             for step in self._pass_steps(run, rows_of(self.batch, run)):
                 yield run.number, step
         if self.streamer is not None:
             self.streamer.end()
 
     def _pass_steps(self, run: PassRun, batch: Batch) -> Iterator[Step]:
-        rows, tokens, mask = run.geometry.rows, batch.tokens, batch.mask
-        cache, ids = self._cache(rows, tokens), _Ids(batch, self._past_of(rows), run.program.n_steps)
-        running, steps_run = [True] * len(rows), [0] * len(rows)
-        for index in range(run.program.n_steps):
-            logits = self._logits(run, index, tokens, mask, cache)
-            steps_run = [n + on for n, on in zip(steps_run, running, strict=True)]
-            run.finished(steps_run)
-            if logits is None:  # a Stop
-                yield Step(index, rows, None, running, [True] * len(rows), None, _NOTHING, self.decode)
-                return
-            try:
-                chosen, done = self._choose(logits, ids)
-            except BaseException as error:  # in a processor, criterion or streamer of the user's
-                error.add_note(run.where())
-                raise
-            ended = [False] * len(rows) if done is None else done.tolist()
-            kept = logits.clone() if self.return_logits else None
-            yield Step(index, rows, chosen.clone(), running, ended, kept, _NOTHING, self.decode)
-            if True in ended:
-                running = [on and not end for on, end in zip(running, ended, strict=True)]
-                if not any(running):
-                    return
-                run.active = None if all(running) else running
-            tokens, mask = chosen.unsqueeze(1), None
-
-    def _choose(self, logits: Tensor, ids: "_Ids") -> tuple[Tensor, Tensor | None]:
-        """The next token of each row, and which rows it ends."""
-        chosen = self.chooser.next_tokens(logits, *ids.so_far())
-        ids.add(chosen)
-        if self.streamer is not None:
-            self.streamer.put(chosen.cpu())
-        return chosen, self.chooser.ends(ids.so_far()[0], chosen, logits)
+        course, cache = Course(self, run, batch), self._cache(run.geometry.rows, batch.tokens)
+        while not course.over:
+            yield course.take(self._logits(run, course.index, course.tokens, course.mask, cache))
 
     def _logits(
         self, run: PassRun, index: int, tokens: Tensor, mask: Tensor | None, cache: KVCache
@@ -208,15 +180,17 @@ class Generator:
             return KVCache(capacity)
         return self.past.branch(self.batch, rows, capacity)
 
-    def _past_of(self, rows: tuple[int, ...]) -> Batch | None:
+    def past_of(self, rows: tuple[int, ...]) -> Batch | None:
+        """The tokens that some rows continue."""
         if self.past is None:
             return None
         held = [self.past.rows_for(self.batch)[row] for row in rows]
         return Batch(self.past.tokens[held], None if self.past.mask is None else self.past.mask[held])
 
-    def _result(self, execution: Execution, steps: dict[int, list[Step]]) -> Generation:
+    def result(self, execution: Execution, steps: Mapping[int, Sequence[Step]]) -> Generation:
+        """What comes of a run: of its steps, by their pass's number."""
         n = len(self.batch.tokens)
-        before = self._past_of(tuple(range(n)))
+        before = self.past_of(tuple(range(n)))
         new: list[Tensor] = [self.batch.tokens[0, :0]] * n
         logits: list[Tensor] = [self.model.unembed.weight.new_empty(0, self.model.cfg.d_vocab)] * n
         finished = [False] * n
@@ -241,6 +215,54 @@ class Generator:
             finished=finished,
             decode=self.decode,
         )
+
+
+class Course:
+    """One pass of a generation between its forward passes: what the next one processes, and what its logits become.
+
+    index: of the next step. tokens, mask: [row pos], what it processes. over: whether there is none.
+    """
+
+    def __init__(self, generator: Generator, run: PassRun, batch: Batch) -> None:
+        rows = run.geometry.rows
+        self.generator, self.run, self.rows = generator, run, rows
+        self.index, self.over = 0, False
+        self.tokens, self.mask = batch.tokens, batch.mask
+        self._ids = _Ids(batch, generator.past_of(rows), run.program.n_steps)
+        self._running, self._steps_run = [True] * len(rows), [0] * len(rows)
+
+    def take(self, logits: Float[Tensor, "row d_vocab"] | None) -> Step:
+        """The step whose forward pass gave these logits at each row's last position; None if a `Stop` ended it."""
+        generator, run, running, index = self.generator, self.run, self._running, self.index
+        self._steps_run = [n + on for n, on in zip(self._steps_run, running, strict=True)]
+        run.finished(self._steps_run)
+        if logits is None:
+            self.over = True
+            return Step(index, self.rows, None, running, [True] * len(running), None, _NOTHING, generator.decode)
+        try:
+            chosen, done = self._choose(logits)
+        except BaseException as error:  # in a processor, criterion or streamer of the user's
+            error.add_note(run.where())
+            raise
+        ended = [False] * len(running) if done is None else done.tolist()
+        kept = logits.clone() if generator.return_logits else None
+        self.index += 1
+        self.over = self.index == run.program.n_steps
+        if True in ended:
+            self._running = [on and not end for on, end in zip(running, ended, strict=True)]
+            self.over = self.over or not any(self._running)
+            run.active = None if all(self._running) else self._running
+        self.tokens, self.mask = chosen.unsqueeze(1), None
+        return Step(index, self.rows, chosen.clone(), running, ended, kept, _NOTHING, generator.decode)
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next token of each row, and which rows it ends."""
+        chooser, streamer = self.generator.chooser, self.generator.streamer
+        chosen = chooser.next_tokens(logits, *self._ids.so_far())
+        self._ids.add(chosen)
+        if streamer is not None:
+            streamer.put(chosen.cpu())
+        return chosen, chooser.ends(self._ids.so_far()[0], chosen, logits)
 
 
 class _Ids:

@@ -222,7 +222,10 @@ _INSTEAD = {
     "use_past_kv_cache": "leave it out: the cache is always used",
     "prepend_bos": "write the token into the prompt: the tokenizer adds the special tokens that it is configured to",
     "padding_side": "leave it out: rows are padded on the left, and padding never counts",
-    "remote server backend": "run it here: there is no server yet; a plan (run.plan) is what one will take",
+    "remote server backend": (
+        'say it when the model is made: from_pretrained(name, device="meta", remote=lk.connect(url)), or '
+        "lk.connect(url).model(name)"
+    ),
     "verbose": "pass progress=True or progress=False",
 }
 _HINTS = {name: hint for names, hint in _INSTEAD.items() for name in names.split()} | {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,31 +14,30 @@ from lenskit.checkpoints import load as loading
 from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.devices import Device
 from lenskit.checkpoints.source import find
-from lenskit.generation import Generation, Generator, Step, checked_length, left_padded, repeated
+from lenskit.elsewhere import Remote, refuse
+from lenskit.errors import InputError
+from lenskit.generation import Generation, Step, left_padded, repeated
 from lenskit.hooks import HookPoint
-from lenskit.inputs import Batch, Input, stream_batch, with_mask
-from lenskit.interventions.forward import Past, Result, check_for_cache, forward, geometry_of, prefill
-from lenskit.interventions.ops import Hook, Op
+from lenskit.inputs import Batch, Input
+from lenskit.interventions.forward import Past, Result, check_for_cache, forward, prefill
+from lenskit.interventions.ops import Hook, Save
 from lenskit.interventions.plan import Plan
-from lenskit.interventions.program import Program
 from lenskit.interventions.scope import attached, on_points, on_sites
 from lenskit.interventions.sites import Site, resolve
 from lenskit.models.base import check_causal, init_weights
 from lenskit.models.config import DecoderConfig
 from lenskit.models.registry import family
 from lenskit.models.weight_access import WeightAccess
-from lenskit.sampling import CHOICES, default_eos, sampling_from
-from lenskit.text_access import TextAccess
+from lenskit.preparing import Hooks, Preparing
+from lenskit.sampling import CHOICES
 from lenskit.tracing.steps import checked
 from lenskit.tracing.trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Hooks = Plan | Sequence[Op | Hook]  # what `hooks=` takes
 
-
-class HookedTransformer(WeightAccess, TextAccess):
+class HookedTransformer(WeightAccess, Preparing):
     """A transformer, decoder or encoder, whose every activation is a named hook point.
 
     Args:
@@ -52,8 +52,9 @@ class HookedTransformer(WeightAccess, TextAccess):
         super().__init__(cfg, family(cfg.model_type, where="the config").parts(cfg))
         self.tokenizer = tokenizer
         self.source = "new weights"  # what a saved checkpoint's manifest says they come from
-        self.hf_config: dict[str, Any] | None = None
-        self.generation_config: dict[str, Any] = {}  # the checkpoint's, of which `generate` reads what ends a row
+        self.hf_config = None
+        self.generation_config = {}
+        self.remote = None
         if seed is not None:
             init_weights(self, seed)
 
@@ -70,6 +71,7 @@ class HookedTransformer(WeightAccess, TextAccess):
         revision: str | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         token: str | bool | None = None,
+        remote: Remote | None = None,
     ) -> Self:
         """A checkpoint as a model in eval mode; of a multi-modal one, the text model.
 
@@ -81,10 +83,20 @@ class HookedTransformer(WeightAccess, TextAccess):
             revision: the hub's branch, tag or commit.
             tokenizer: instead of the checkpoint's own.
             token: for private or gated repositories on the hub.
+            remote: what `lk.connect` returned, with device="meta": the server's model of that name runs what this one
+                is told.
 
         Raises:
             CheckpointError, ConfigError: see `lenskit.errors`; nothing is half loaded.
+            RemoteError: the server does not answer, or has another model of that name.
         """
+        if remote is not None and (device != "meta" or dtype is not None):
+            raise InputError(
+                "a model that runs on a server has no weights here",
+                got=f"remote={remote!r}, device={device!r}, dtype={dtype!r}",
+                expected='device="meta", and no dtype: it is the server\'s',
+                fix='write from_pretrained(name, device="meta", remote=lk.connect(url))',
+            )
         source = find(name_or_path, revision=revision, token=token)
         described = loading.describe(source)
         with torch.device("meta"):
@@ -93,6 +105,8 @@ class HookedTransformer(WeightAccess, TextAccess):
         model.source, model.hf_config = source.name, described.hf_config
         model.generation_config = loading.generation_config_of(source)
         loading.give_weights(model, source, described, device=device, dtype=dtype, device_map=device_map)
+        if remote is not None:
+            model.remote = remote.attach(model, source.name)
         return model.eval()
 
     def save_pretrained(self, dest: str | Path) -> Path:
@@ -134,7 +148,11 @@ class HookedTransformer(WeightAccess, TextAccess):
         Raises:
             InputError: the input is none that the model can take.
         """
-        batch = self._batch(input, mask, start_at_layer)
+        if self.remote is not None:
+            refuse(start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
+            batch = self.batch(input, mask)
+            return self.remote.forward(self, batch, Plan(), make=attrgetter("logits"), logits=True)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer)
         return self.decode(*batch, start_at_layer=start_at_layer, stop_at_layer=stop_at_layer)
 
     def run_with_hooks(
@@ -164,11 +182,16 @@ class HookedTransformer(WeightAccess, TextAccess):
             PlanError, HookError: an op cannot be carried out, a site matches nothing; nothing runs then.
             ReplacementError: a function returned something of another shape, dtype or device.
         """
-        batch = self._batch(input, mask, start_at_layer, past)
-        points = self.points_between(start_at_layer, stop_at_layer)
-        program = self._plan(hooks, batch, past, points)
-        gradients = on_sites(bwd_hooks, points, "grad")
         layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
+        if self.remote is not None:
+            refuse(bwd_hooks=bwd_hooks, past=past, **layers)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer, past=past)
+        points = self.points_between(start_at_layer, stop_at_layer)
+        plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
+        program = self._program(plan, batch, past, points)
+        if self.remote is not None:
+            return self.remote.forward(self, batch, plan)
+        gradients = on_sites(bwd_hooks, points, "grad")
         return forward(self, batch, program, past=past, behind=gradients, **layers)
 
     def run_with_cache(
@@ -201,12 +224,22 @@ class HookedTransformer(WeightAccess, TextAccess):
         def keep(activation: Tensor, hook: HookPoint) -> None:
             kept[hook.name] = activation if device is None else activation.to(device)
 
-        batch = self._batch(input, mask, start_at_layer, past)
+        def cached(result: Result) -> tuple[Any, ActivationCache]:
+            for point in points:
+                keep(result.saved[point.name], point)
+            return result.output, ActivationCache(kept, n_layers=self.cfg.n_layers, mask=batch.mask)
+
+        layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
+        if self.remote is not None:
+            refuse(grad=grad, past=past, **layers)
+        batch = self.batch(input, mask, start_at_layer=start_at_layer, past=past)
         running = self.points_between(start_at_layer, stop_at_layer)
         points = [p for p in running.values() if not p.on_demand] if names is None else resolve(names, running)
-        program = self._plan(hooks, batch, past, running)
+        plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
+        program = self._program(plan, batch, past, running)
         check_for_cache(program)
-        layers = {"start_at_layer": start_at_layer, "stop_at_layer": stop_at_layer}
+        if self.remote is not None:
+            return self.remote.forward(self, batch, Plan([*plan.ops, Save([p.name for p in points])]), make=cached)
         reads = on_points(points, keep, "read")
         with nullcontext() if grad else torch.no_grad():
             result = forward(self, batch, program, past=past, behind=reads, **layers)
@@ -225,8 +258,9 @@ class HookedTransformer(WeightAccess, TextAccess):
             PlanError, HookError, InputError: see `run_with_hooks`. NotCausalError: the model is an encoder.
         """
         check_causal(self, "prefill")
-        batch = left_padded(self._batch(input, mask, None, past))
-        return prefill(self, batch, self._plan(hooks, batch, past, self.hook_points), past)
+        refuse(prefill=self.remote)
+        batch = left_padded(self.batch(input, mask, past=past))
+        return prefill(self, batch, self._program(hooks, batch, past, self.hook_points), past)
 
     def generate(
         self,
@@ -283,26 +317,22 @@ class HookedTransformer(WeightAccess, TextAccess):
             PlanError, HookError, InputError: see `run_with_hooks`. Nothing runs then.
         """
         given = {name: value for name, value in locals().items() if name in (*CHOICES, "generation_config")}
-        return self._generator(
-            {**given, **unsupported}, prompts, hooks, mask, past, streamer, progress, return_logits
-        ).run()
+        if self.remote is not None:
+            refuse(past=past, streamer=streamer)
+            ready = self.prepared(prompts, hooks, {**given, **unsupported}, mask=mask)
+            asked = self, ready.batch, ready.plan, ready.options()
+            return self.remote.generate(*asked, return_logits=return_logits, progress=progress)
+        how = {"hooks": hooks, "mask": mask, "past": past, "streamer": streamer, "return_logits": return_logits}
+        return self.generator(prompts, progress=progress, **how, **given, **unsupported).run()
 
-    def generate_steps(
-        self,
-        prompts: Input,
-        *,
-        hooks: Hooks = (),
-        past: Past | None = None,
-        streamer: Any = None,
-        return_logits: bool = False,
-        mask: Tensor | None = None,
-        **options: Any,
-    ) -> Iterator[Step]:
+    def generate_steps(self, prompts: Input, **options: Any) -> Iterator[Step]:
         """`generate`, one step at a time: each `Step` has its tokens and what was saved in it, as soon as it ran.
 
-        All is checked at the call. Between steps nothing is attached; the iterator may be closed at any moment.
+        All is checked at the call; options are `generate`'s. Between steps nothing is attached; the iterator may be
+        closed at any moment.
         """
-        return self._generator(options, prompts, hooks, mask, past, streamer, False, return_logits).steps()
+        refuse(generate_steps=self.remote)
+        return self.generator(prompts, **options).steps()
 
     def trace(
         self,
@@ -322,6 +352,8 @@ class HookedTransformer(WeightAccess, TextAccess):
         Raises:
             GenerationError: options that do not fit. In the block: TraceError, PlanError, at the line.
         """
+        if self.remote is not None:
+            refuse(past=past, **{name: options.get(name) for name in ("logits_processor", "stopping_criteria")})
         n_steps, copies = checked(self, max_new_tokens, options)
 
         def run(batch: Batch, plan: Plan) -> Result | Generation:
@@ -331,12 +363,13 @@ class HookedTransformer(WeightAccess, TextAccess):
             return self.generate(batch, hooks=plan, past=past, **given)
 
         def read(given: Input) -> Batch:
-            return repeated(self._batch(given, None, None, past), copies)
+            return repeated(self.batch(given, past=past), copies)
 
         return Trace(self, read=read, run=run, text=self.to_string, n_steps=n_steps, prompt=prompt, past=past)
 
     def hooks(self, hooks: Sequence[Hook] = (), *, bwd_hooks: Sequence[Hook] = ()) -> AbstractContextManager[None]:
         """A `with` block in which every forward pass of this thread runs with these hooks; they leave with it."""
+        refuse(hooks=self.remote)
         return attached(on_sites(hooks, self.hook_points, "edit") + on_sites(bwd_hooks, self.hook_points, "grad"))
 
     # -- looking
@@ -347,53 +380,6 @@ class HookedTransformer(WeightAccess, TextAccess):
 
     def shapes(self, input: Input, mask: Tensor | None = None) -> dict[str, tuple[int, ...]]:
         """Every hook point's shape for an input, without computing anything."""
-        rows, pos = self._batch(input, mask, None).tokens.shape
+        rows, pos = self.batch(input, mask).tokens.shape
         sizes = {"batch": rows, "pos": pos, "query_pos": pos, "key_pos": pos}
         return {name: point.shape(**sizes) for name, point in self.hook_points.items()}
-
-    def _plan(
-        self, hooks: Hooks, batch: Batch, past: Past | None, points: Mapping[str, HookPoint], n_steps: int | None = None
-    ) -> Program:
-        """Hooks as a program for a batch: everything about them is checked."""
-        plan = hooks if isinstance(hooks, Plan) else Plan(hooks)
-        return plan.compile(self, points, geometry_of(batch, past), n_steps=n_steps)
-
-    def _generator(
-        self,
-        options: dict[str, Any],
-        prompts: Input,
-        hooks: Hooks,
-        mask: Tensor | None,
-        past: Past | None,
-        streamer: Any,
-        show: bool | None,
-        return_logits: bool,
-    ) -> Generator:
-        """A generation with everything checked."""
-        check_causal(self, "generate")
-        eos = default_eos(self.generation_config, self.hf_config, self.tokenizer)
-        sampling, n_steps, copies = sampling_from(
-            options, options.pop("generation_config", None), {"eos_token_id": eos}
-        )
-        sampling.check(self.cfg.d_vocab)
-        batch = repeated(left_padded(self._batch(prompts, mask, None, past)), copies)
-        past = None if past is None else past.repeated(copies)
-        n_steps = checked_length(self, batch, past, n_steps)
-        pad = (*([] if self.tokenizer is None else [self.tokenizer.pad_token_id or 0]), *eos, 0)[0]
-        return Generator(
-            model=self,
-            batch=batch,
-            program=self._plan(hooks, batch, past, self.hook_points, n_steps),
-            chooser=sampling.chooser(tokenizer=self.tokenizer, device=batch.tokens.device, pad=pad),
-            past=past,
-            streamer=streamer,
-            show=show,
-            return_logits=return_logits,
-            decode=None if self.tokenizer is None else self.to_string,
-        )
-
-    def _batch(self, input: Input, mask: Tensor | None, start_at_layer: int | None, past: Past | None = None) -> Batch:
-        if start_at_layer is not None:
-            return stream_batch(input, mask, d_model=self.cfg.d_model)
-        batch = self.to_tokens(input, special_tokens=past is None)
-        return batch if mask is None else batch._replace(mask=with_mask(batch.tokens, mask.to(self.device)).mask)

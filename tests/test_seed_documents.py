@@ -10,7 +10,7 @@ import threading
 import tomllib
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import tables
 import torch
+from fake_server import serving
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,7 @@ import lenskit as lk
 from lenskit import cli
 from lenskit.analysis import mean_loss
 from lenskit.checkpoints.source import EMBEDDED
-from lenskit.errors import GenerationError, NotSavedError, StepError, TraceError, ValueFitError
+from lenskit.errors import GenerationError, KeyRefusedError, NotSavedError, StepError, TraceError, ValueFitError
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "from-nnsight.md"
@@ -759,15 +760,31 @@ def test_large_models() -> None:
     assert run.texts == [f"{prompt} Paris"]
 
 
+@pytest.fixture
+def url(demo_llama: lk.HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a server that has one of the demo models."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    with serving(demo_llama, key="lk_key") as server:
+        monkeypatch.setenv("LENSKIT_API_KEY", "lk_key")
+        yield server.url
+
+
 @pytest.mark.parametrize("option", ["remote", "server"])
-def test_remote(option: str, demo_llama: lk.HookedTransformer) -> None:
-    """Not there yet, and refused rather than run here in silence."""
-    model = demo_llama
-    reached, watching = watched(model)
-    with pytest.raises(GenerationError, match=f"{option}=True"), watching:
-        with model.trace(prompt, max_new_tokens=1, **{option: True}):
-            model.blocks[-1].output.save()
+def test_remote(option: str, demo_llama: lk.HookedTransformer, url: str) -> None:
+    """What is not said where it counts is refused, rather than run here in silence."""
+    with demo_llama.trace(prompt, max_new_tokens=1) as here:
+        expected = demo_llama.blocks[-1].output.save()
+    reached, watching = watched(demo_llama)
+    with pytest.raises(GenerationError, match=f"(?s){option}=True.*lk.connect"), watching:
+        with demo_llama.trace(prompt, max_new_tokens=1, **{option: True}):
+            demo_llama.blocks[-1].output.save()
     assert reached == []
+    model = lk.connect(url).model("demo-llama")
+    with model.trace(prompt, max_new_tokens=1) as run:
+        hidden_states = model.blocks[-1].output.save()
+    assert close(hidden_states.value, expected.value)
+    assert run.texts == here.texts == [f"{prompt} Paris"]
 
 
 def test_a_plan_is_data(model: lk.HookedTransformer) -> None:
@@ -791,13 +808,19 @@ def test_a_plan_is_data(model: lk.HookedTransformer) -> None:
 
 
 def test_a_server() -> None:
-    result = CliRunner().invoke(cli.app, ["--help"])
-    assert "extract" in result.output
-    assert "serve" not in result.output, "not there yet: then this row has to be written again"
+    command = "lenskit serve demo-gpt2 --port 8000"  # tests/test_server.py starts it
+    with pytest.raises(SystemExit) as ended:
+        cli.app([*shlex.split(command)[1:], "--help"])
+    assert ended.value.code == 0
 
 
-def test_api_keys() -> None:
-    assert not [name for name in dir(lk) if "key" in name.lower() or name.isupper()]
+def test_api_keys(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lk.connect(url).models()
+    monkeypatch.delenv("LENSKIT_API_KEY")
+    with pytest.raises(KeyRefusedError):
+        lk.connect(url).models()
+    key = "lk_key"
+    assert lk.connect(url, api_key=key).models()
 
 
 def test_examples() -> None:
@@ -834,6 +857,22 @@ def test_the_loop(model: lk.HookedTransformer, tmp_path: Path) -> None:
         kept = torch.load(f"{save_hidden}/{prefix_hidden}{k}.pt")
         assert kept.shape == (model.cfg.d_model,)
         assert close(kept, last)
+
+
+def test_the_loop_on_a_server(demo_llama: lk.HookedTransformer, url: str, tmp_path: Path) -> None:
+    save_hidden, prefix_hidden, server = tmp_path, "hidden_", lk.connect(url)
+    model = server.model("demo-llama")
+    for k, messages in enumerate(chats()):
+        input_ids = model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=False, return_dict=True, return_tensors="pt"
+        )
+        with model.trace(input_ids, max_new_tokens=8, do_sample=False) as run:
+            hidden_states = model.blocks[-1].output.t[-1].save()
+        torch.save(hidden_states.value[0], f"{save_hidden}/{prefix_hidden}{k}.pt")
+        with demo_llama.trace(input_ids, max_new_tokens=8, do_sample=False) as here:
+            expected = demo_llama.blocks[-1].output.t[-1].save()
+        assert close(torch.load(f"{save_hidden}/{prefix_hidden}{k}.pt"), expected.value[0])
+        assert run.texts == here.texts
 
 
 def test_extract(demo_llama: lk.HookedTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

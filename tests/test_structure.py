@@ -40,11 +40,16 @@ LAYERS = [
     ["interventions"],
     ["choosing", "sampling"],
     ["generation"],
+    ["batching"],
     ["tracing"],
     ["text_access"],
+    ["elsewhere"],
+    ["preparing"],
     ["transformer"],
     ["analysis"],
     ["viz"],
+    ["remote"],
+    ["server"],
     ["resumable"],
     ["demo", "commands", "extraction"],
     ["cli"],
@@ -186,7 +191,9 @@ BUILT_IN = {
     "UnknownHookPointError": KeyError, "AxisError": ValueError, "ReplacementError": ValueError,
     "MissingExtraError": ImportError, "SelectorError": ValueError, "StepError": ValueError, "ValueFitError": ValueError,
     "ExpressionError": TypeError, "PlanFormatError": ValueError, "NotSavedError": KeyError,
-    "GenerationError": ValueError, "NotCausalError": TypeError,
+    "GenerationError": ValueError, "UnreachableError": ConnectionError, "KeyRefusedError": PermissionError,
+    "NoSuchJobError": LookupError, "JobUnfinishedError": TimeoutError,
+    "NotCausalError": TypeError,
 }  # fmt: skip
 
 

@@ -790,7 +790,7 @@ def test_an_error_at_the_end_names_the_line(shared: lk.HookedTransformer) -> Non
         (lambda model: model.trace(TOKENS, max_new_tokens=0), GenerationError, "max_new_tokens=0"),
         (lambda model: model.trace(TOKENS, do_sample=True), GenerationError, "do_sample"),
         (lambda model: model.trace(TOKENS, max_new_tokens=2, temprature=1.0), GenerationError, "temprature"),
-        (lambda model: model.trace(TOKENS, remote=True), GenerationError, "no server yet"),
+        (lambda model: model.trace(TOKENS, remote=True), GenerationError, "lk.connect"),
         (lambda model: model.trace(TOKENS, max_new_tokens=2, num_beams=2), GenerationError, "num_beams"),
     ],
 )

@@ -41,7 +41,7 @@ def logit_lens(
         UnknownHookPointError: the cache lacks a `hook_resid_post`.
         InputError: a position that a row does not have.
     """
-    device = model.unembed.weight.device
+    device = model.inputs_on or model.unembed.weight.device  # not on the meta device, where nothing would be seen
     stream = torch.stack([cache["resid_post", layer].to(device) for layer in range(cache.n_layers)])
     if positions is not None:
         wanted = [positions] if isinstance(positions, int) else list(positions)

@@ -5,7 +5,7 @@ the meta device), and prompts are put into passes. The model is not run for it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -229,7 +229,7 @@ class Compiler:
                     fix=f"write steps=slice({late}, None), or give every Act a step",
                 )
             for step in self._classes(op, None):
-                shapes = [self._shape(op, expression, step) for expression in op.op.expressions]
+                shapes = [self.shape(op, expression, step) for expression in op.op.expressions]
             fits(op, shapes)
 
     def _classes(self, op: Resolved, point: HookPoint | None) -> Sequence[int]:
@@ -269,7 +269,7 @@ class Compiler:
                 )
             return
         if isinstance(value, Expression):
-            shape = self._shape(resolved, value, step)
+            shape = self.shape(resolved, value, step)
             if shape is None:  # a Python function's: it is checked when it is there
                 return
             value = shape
@@ -317,8 +317,8 @@ class Compiler:
         lengths = [f"prompt {row} has {len(tokens.of(row))} tokens" for row in sorted(sources | set(op.rows))[:4]]
         return f" ({', '.join(lengths)})"
 
-    def _shape(self, op: Resolved, expression: Expression, step: int) -> Tensor | None:
-        """Of a value, as a meta tensor; None where a Python function has its say."""
+    def metas(self, op: Resolved, step: int) -> Callable[[Leaf], Tensor]:
+        """Meta tensors of the activations, and gradients, that an op's expressions are of."""
 
         def leaf(node: Leaf) -> Tensor:
             source = op.grads[node] if isinstance(node, Grad) else op.leaves[node]
@@ -327,6 +327,11 @@ class Compiler:
             selection = selected(self.selections, self.geometry, point, source.act.selectors, at, rows)
             return torch.empty(selection.shape, dtype=self.dtype_of(point), device="meta")
 
+        return leaf
+
+    def shape(self, op: Resolved, expression: Expression, step: int) -> Tensor | None:
+        """Of a value, as a meta tensor; None where a Python function has its say."""
+        leaf = self.metas(op, step)
         try:
             return leaf(expression) if isinstance(expression, Leaf) else shape_of(expression, leaf)
         except UnknownShape:

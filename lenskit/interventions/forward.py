@@ -12,9 +12,10 @@ from lenskit.errors import InputError, NotSavedError
 from lenskit.hooks import Attachment, HookPoint
 from lenskit.inputs import Batch
 from lenskit.interventions.actions import Stopped
-from lenskit.interventions.execution import Execution, PassRun
+from lenskit.interventions.execution import Execution
 from lenskit.interventions.geometry import Geometry, Tokens, tokens_of
 from lenskit.interventions.ops import Save, Stop
+from lenskit.interventions.pass_run import PassRun, passes
 from lenskit.interventions.program import Program
 from lenskit.interventions.saved import Saved
 from lenskit.interventions.scope import attached
@@ -94,14 +95,14 @@ class Result:
         """[batch pos d_vocab] (or the stream [batch pos d_model], if stopped at a layer).
 
         Raises:
-            NotSavedError: a `Stop` ended the pass before.
+            NotSavedError: a `Stop` ended the pass before, or a server was asked to leave them out.
         """
         if self.output is None:
             raise NotSavedError(
                 "there are no logits",
-                got="a pass that a Stop ended before them",
+                got="a pass that a Stop ended before them, or a model connected with logits=False",
                 expected="a pass that reaches the unembedding",
-                fix="leave the Stop out, or look at `saved` only",
+                fix="leave the Stop or logits=False out, or look at `saved` only",
             )
         return self.output
 
@@ -145,7 +146,7 @@ def forward(
     """
     execution = Execution(program, generating=False)
     found: list[tuple[PassRun, Tensor]] = []
-    for run in execution.passes():
+    for run in passes(execution):
         rows = run.geometry.rows
         cache = None if past is None else past.branch(batch, rows)
         grad = torch.enable_grad() if program.gradients else nullcontext()
@@ -173,7 +174,7 @@ def prefill(model: Decoder, batch: Batch, program: Program, past: Past | None) -
     """
     execution = Execution(program, generating=False)
     check_one_pass(program, "a prefill is one forward pass")
-    [run] = execution.passes()
+    [run] = passes(execution)
     rows = run.geometry.rows
     cache = KVCache(batch.tokens.shape[1]) if past is None else past.branch(batch, rows, batch.tokens.shape[1])
     try:

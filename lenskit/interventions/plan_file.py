@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lenskit.errors import PlanError, PlanFormatError
-from lenskit.interventions.expressions import Call, Expression, order
+from lenskit.interventions.expressions import Call, Expression, is_python, order
 from lenskit.interventions.expressions.as_json import nodes_from_json, nodes_to_json
 from lenskit.interventions.gradient_ops import Backward, SetGrad
 from lenskit.interventions.ops import Add, Edit, Numbered, Op, Read, Save, Scale, Set, Stop
@@ -40,7 +40,14 @@ NAMES = {kind: name for name, kind in OPS.items()}
 def to_json(ops: Sequence[Op], model: nn.Module | None) -> dict[str, Any]:
     """See `Plan.to_json`."""
     expressions = [expression for op in ops for expression in op.expressions]
-    nodes, roots = nodes_to_json(expressions, tensor_name, _module_names(model))
+    try:
+        nodes, roots = nodes_to_json(expressions, tensor_name, _module_names(model))
+    except PlanFormatError:
+        for index, op in enumerate(ops):
+            if any(is_python(expression) for expression in op.expressions):
+                fix = "write it with torch's functions, or run it locally"
+                raise _not_data(Numbered(index, op), "a Python function", fix) from None
+        raise
     left = iter(roots)
     written = [_op_to_json(Numbered(index, op), left) for index, op in enumerate(ops)]
     return {"format": FORMAT, "version": VERSION, "ops": written, "nodes": nodes}

@@ -55,6 +55,10 @@ class Saved(Mapping[str, Any]):
             )
         return value
 
+    def entry(self, key: str) -> Any:
+        """What stands there, also where it is a step that never ran."""
+        return self._values[key]
+
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._full(key) in self._values
 

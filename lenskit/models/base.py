@@ -168,6 +168,7 @@ class Decoder(Module):
     """
 
     __call__ = nn.Module.__call__  # with keywords
+    inputs_on: torch.device | None = None  # where inputs go, if not to the embedding
 
     def __init__(self, cfg: DecoderConfig, parts: Parts) -> None:
         super().__init__()
@@ -196,8 +197,8 @@ class Decoder(Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding is, and so where inputs go."""
-        return self.embed.weight.device
+        """Where inputs go: to the embedding, or, where the weights are on a server, the CPU."""
+        return self.inputs_on or self.embed.weight.device
 
     def tie(self) -> None:
         """Make the unembedding the embedding's transpose, in models where it is: after either was replaced."""

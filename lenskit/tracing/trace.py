@@ -6,7 +6,7 @@ from typing import Any, Self, final
 
 from torch import Tensor, nn
 
-from lenskit.errors import LenskitError, NotSavedError, TraceError, ValueFitError
+from lenskit.errors import NotSavedError, TraceError, ValueFitError
 from lenskit.generation import Generation
 from lenskit.hooks import HookPoint
 from lenskit.inputs import Batch, Input, joined
@@ -23,7 +23,7 @@ from lenskit.tracing import steps
 from lenskit.tracing.blocks import Block
 from lenskit.tracing.cells import Activation, Cell, Computed, Source
 from lenskit.tracing.ledger import Ledger, misused
-from lenskit.tracing.lowering import blame
+from lenskit.tracing.outcome import Handle, Outcome, blamed
 from lenskit.tracing.places import place_of
 from lenskit.tracing.proxy import Proxy
 from lenskit.tracing.scope import Prompts
@@ -51,7 +51,7 @@ class Trace:
         model: Decoder,
         *,
         read: Callable[[Input], Batch],
-        run: Callable[[Batch, Plan], Result | Generation],
+        run: Callable[[Batch, Plan], Result | Generation | Handle],
         text: Callable[[Tensor], str],
         n_steps: int | None = None,
         prompt: Input | None = None,
@@ -65,7 +65,7 @@ class Trace:
         self._sources: dict[Any, Source] = {}
         self._loss: str | None = None  # of the open backward block
         self._plan: Plan | None = None
-        self._result: Result | Generation | None = None
+        self._outcome: Outcome | None = None
 
     # -- the block
 
@@ -100,18 +100,17 @@ class Trace:
             )
         ops, records = self.ledger.lowered(alone=len(self._batches) == 1)
         self._plan = Plan(ops)
-        try:
-            self._result = self._run(joined(self._batches), self._plan)
-        except LenskitError as error:
-            blame(error, records)
-            raise
+        with blamed(records):
+            self._outcome = Outcome(self._run(joined(self._batches), self._plan), records)
 
     def _begin(self, prompt: Input, *, alone: bool) -> None:
         """Take up a prompt: its rows come behind those that are there."""
         if self.model.device.type == "meta":
-            raise misused(
-                "the model has no weights", "a model on the meta device", "one that can run", "load its weights"
+            got, fix = (
+                "a model on the meta device",
+                "load its weights, or connect to a server: lk.connect(url).model(name)",
             )
+            raise misused("the model has no weights", got, "one that can run", fix)
         batch = joined([self._read(prompt)])
         first = sum(len(there.tokens) for there in self._batches)
         rows, width = batch.tokens.shape
@@ -255,19 +254,25 @@ class Trace:
     @property
     @plainly
     def output(self) -> Result | Generation:
-        """What the run gave: the `Result` of a forward pass, the `Generation` of a generating one.
+        """What the run gave: the `Result` of a forward pass, the `Generation` of a generating one. Where a job on a
+        server runs it, this waits for it; so do the three below, and `.value`.
 
         Raises:
-            TraceError: the block has not ended. So do the three below.
+            TraceError: the block has not ended.
         """
-        if self._result is None:
+        if self._outcome is None:
             raise misused(
                 "the trace has no result",
                 "a block that has not ended, or has failed",
                 "a block that has ended",
                 "read it after the block",
             )
-        return self._result
+        return self._outcome.get()
+
+    @property
+    def job(self) -> Any:
+        """The handle of the job that runs it on a server, where the model was connected with `blocking=False`."""
+        return None if self._outcome is None else self._outcome.job
 
     @property
     def saved(self) -> Saved:
@@ -362,7 +367,7 @@ class Trace:
 
     def value(self, key: str | None, proxy: Proxy) -> Any:
         """What was saved as a proxy's value."""
-        if key is None or self._result is None:
+        if key is None or self._outcome is None:
             ended = self.ledger.state_of_block == "over"
             raise NotSavedError(
                 f"{proxy!r} has no value",
@@ -376,13 +381,15 @@ class Trace:
 
     def held(self, key: str | None) -> Tensor | None:
         """The tensor that was saved under a key, once it is there."""
-        value = None if key is None or self._result is None else self._result.saved[key]
+        there = None if self._outcome is None else self._outcome.there
+        value = None if key is None or there is None else there.saved[key]
         return value if isinstance(value, Tensor) else None
 
     def describe(self, cell: Cell, key: str | None) -> str:
         """A proxy as text."""
-        if key is not None and self._result is not None:
-            return f"<{key}: {self.saved[key]!r}>"
+        there = None if self._outcome is None else self._outcome.there
+        if key is not None and there is not None:
+            return f"<{key}: {there.saved[key]!r}>"
         try:
             node = cell.node
         except TraceError:  # a part that nobody had a use for in the block

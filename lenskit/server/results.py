@@ -1,0 +1,84 @@
+"""Results: one safetensors file a job, there whole or not at all. A folder, or whatever fsspec reaches."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+PARTIAL = ".partial"
+CHUNK = 2**18
+
+
+class Results:
+    """The place of all results.
+
+    Args:
+        url: a folder or an fsspec URL (s3://bucket/folder).
+    """
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._fs.makedirs(self._root, exist_ok=True)
+
+    def write(self, job: str, data: bytes) -> None:
+        """Keep a job's result, in the place of an earlier one.
+
+        Raises:
+            OSError: there is no room; nothing is left of it.
+        """
+        if not self._local:
+            self._fs.pipe_file(self._path(job), data)  # a store of objects has it whole, or not at all
+            return
+        path = Path(self._path(job))
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def read(self, job: str, start: int, end: int) -> Iterator[bytes]:
+        """The bytes of a result from `start` up to `end`, in pieces.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return _pieces(self._fs.open(self._path(job), "rb"), start, end)
+
+    def delete(self, job: str) -> None:
+        """Remove a result, if there is one."""
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(job))
+
+    def tidy(self, kept: set[str]) -> None:
+        """Remove what a kill has left: halves, and results of no job. Only while nobody writes."""
+        for path in self._fs.ls(self._root, detail=False):
+            name = str(path).rpartition("/")[2]
+            if name.endswith(PARTIAL) or name.removesuffix(".safetensors") not in kept:
+                self._fs.rm_file(path)
+
+    def _path(self, job: str) -> str:
+        return f"{self._root}/{job}.safetensors"
+
+
+def _pieces(file: Any, start: int, end: int) -> Iterator[bytes]:
+    with file:
+        file.seek(start)
+        while start < end and (piece := file.read(min(CHUNK, end - start))):
+            start += len(piece)
+            yield piece
