@@ -218,8 +218,8 @@ def test_sublayers_read_the_normalised_stream_with_its_gain(pair: Pair) -> None:
         extended = block.attn if isinstance(block.attn, ExtendedAttention) else None
         clip, clip_v = (Identity(), Identity()) if extended is None else (extended.clip, extended.clip_v)
         q, k, v = block.attn.qkv(read_by(pair, cache, layer, "ln1"))
-        for short, by_head, clip in (("q", q, clip), ("k", k, clip), ("v", v, clip_v)):
-            assert error(cache[short, layer], clip(by_head).transpose(1, 2)) < CLOSE
+        for short, by_head in (("q", clip(q)), ("k", clip(k)), ("v", clip_v(v))):
+            assert error(cache[short, layer], by_head.transpose(1, 2)) < CLOSE
         mlp_out = block.ln2_post(block.mlp(read_by(pair, cache, layer, "ln2"))) * multiplier(pair)
         assert error(cache["mlp_out", layer], mlp_out) < CLOSE
     assert error(cache["logits"], pair.model.unembed(read_by_unembedding(pair, cache))) < CLOSE

@@ -107,6 +107,66 @@ BERT = {
     "transformers_version": "4.6.0.dev0", "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
 }  # fmt: skip
 
+STABLELM_3B = {
+    "architectures": ["StableLmForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu",
+    "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 6912, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 4096, "model_type": "stablelm", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "partial_rotary_factor": 0.25, "rope_theta": 10000, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True, "use_qkv_bias": False, "vocab_size": 50304,
+}  # fmt: skip
+COMMAND_R = {
+    "architectures": ["CohereForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu",
+    "hidden_size": 8192, "initializer_range": 0.02, "intermediate_size": 22528, "layer_norm_eps": 1e-05,
+    "logit_scale": 0.0625, "max_position_embeddings": 8192, "model_max_length": 131072, "model_type": "cohere",
+    "num_attention_heads": 64, "num_hidden_layers": 40, "num_key_value_heads": 64, "rope_theta": 8000000.0,
+    "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
+COMMAND_R7B = {
+    "architectures": ["Cohere2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "cache_implementation": "hybrid", "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 14336, "layer_norm_eps": 1e-05, "layer_switch": 4,
+    "logit_scale": 0.25, "max_position_embeddings": 132096, "model_type": "cohere2", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "order_of_interleaved_layers": "local_attn_first",
+    "position_embedding_type": "rope_gptj", "rope_scaling": None, "rope_theta": 50000, "rotary_pct": 1.0,
+    "sliding_window": 4096, "sliding_window_pattern": 4, "use_cache": True, "use_embedding_sharing": True,
+    "use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": True, "vocab_size": 256000,
+}  # fmt: skip
+OLMOE = {
+    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+    "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,
+    "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+    "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 50304,
+}  # fmt: skip
+QWEN_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 8192,
+    "max_window_layers": 21, "model_type": "qwen2_moe", "moe_intermediate_size": 1408, "norm_topk_prob": False,
+    "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+    "num_key_value_heads": 16, "output_router_logits": False, "qkv_bias": True, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False, "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+PHI_3_MINI = {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0,
+    "hidden_act": "silu", "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 8192,
+    "max_position_embeddings": 4096, "model_type": "phi3", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
+    "use_cache": True, "vocab_size": 32064,
+}  # fmt: skip
+
 # The config and some of the fields that it must become.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bert-base-uncased": (BERT, {"d_head": 64, "n_token_types": 2, "tie_embeddings": True, "n_ctx": 512}),
@@ -163,6 +223,25 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "rope_scaling": None, "rope_theta": 50000.0, "first_k_dense_replace": 1},
         {"q_rank": None, "n_groups": 1, "unread_layers": 0, "rope": RopeConfig(theta=50000.0)},
     ),
+    "stablelm-3b-4e1t": (STABLELM_3B, {"rope": RopeConfig(partial_rotary_factor=0.25), "parallel": False}),
+    "stablelm-2-12b": (
+        {**STABLELM_3B, "hidden_size": 5120, "num_hidden_layers": 40, "num_key_value_heads": 8, "qk_layernorm": True,
+         "use_parallel_residual": True, "intermediate_size": 13824, "vocab_size": 100352},
+        {"parallel": True, "qk_norm": True, "d_head": 160},
+    ),
+    "command-r": (COMMAND_R, {"logits_multiplier": 0.0625, "qk_norm": False, "tie_embeddings": True, "d_head": 128}),
+    "command-r-plus": (
+        {**COMMAND_R, "hidden_size": 12288, "num_attention_heads": 96, "num_key_value_heads": 8, "use_qk_norm": True},
+        {"qk_norm": True, "n_key_value_heads": 8},
+    ),
+    "command-r7b": (
+        COMMAND_R7B,
+        {"window": 4096, "layer_types": (*("sliding_attention",) * 3, "full_attention") * 8, "logits_multiplier": 0.25},
+    ),
+    "olmoe-1b-7b": (OLMOE, {"n_experts": 64, "top_k": 8, "normalised": False, "clip": None}),
+    "qwen1.5-moe-a2.7b": (QWEN_MOE, {"n_experts": 60, "top_k": 4, "d_shared": 5632, "window": None, "qkv_bias": True}),
+    "qwen3-30b-a3b": (QWEN3_30B, {"n_experts": 128, "top_k": 8, "normalised": True, "dense": (), "d_head": 128}),
+    "phi-3-mini-4k": (PHI_3_MINI, {"window": 2047, "rope": RopeConfig(), "d_head": 96}),
 }  # fmt: skip
 
 

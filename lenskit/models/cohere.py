@@ -8,7 +8,7 @@ the embedding is tied. Command R+ normalises queries and keys head by head, with
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from lenskit.models.base import Block, Family, Parts
 from lenskit.models.common import ATTENTION, GATED_MLP, heads, in_layers, table
 from lenskit.models.config import DecoderConfig
-from lenskit.models.hf_config import common_names
+from lenskit.models.hf_config import HFConfig, common_names
 from lenskit.modules.attention import ExtendedAttention
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Embed, ScaledUnembed
@@ -52,6 +52,11 @@ class CohereConfig(DecoderConfig):
     attention_bias: bool = False
     qk_norm: bool = False
     logits_multiplier: float = 0.0625
+
+    @classmethod
+    def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
+        read.ignore("model_max_length")  # the tokenizer's affair
+        return {}
 
 
 class CohereBlock(Block):

@@ -57,6 +57,11 @@ class Cohere2Config(DecoderConfig):
     @classmethod
     def unusual_from_hf(cls, read: HFConfig) -> dict[str, Any]:
         read.ignore("head_dim", "sliding_window_pattern")  # Hugging Face computes the one, and layer_types of the other
+        read.ignore("layer_switch", "order_of_interleaved_layers", "use_embedding_sharing", "use_parallel_embedding")
+        read.refuse_unless("use_parallel_block", True, "attention and the MLP read the same norm")
+        read.refuse_unless("use_gated_activation", True, "the MLP is gated")
+        read.refuse_unless("position_embedding_type", "rope_gptj", "rotated dimensions are neighbours")
+        read.refuse_unless("rotary_pct", 1.0, "whole heads are rotated")
         return {}
 
 
