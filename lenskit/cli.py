@@ -14,6 +14,7 @@ from lenskit import demo as demonstration
 from lenskit.checkpoints import write
 from lenskit.checkpoints.load import describe
 from lenskit.checkpoints.source import embedded_names, find
+from lenskit.checkpoints.well_known import well_known
 from lenskit.errors import LenskitError
 from lenskit.extras import load
 from lenskit.models.registry import MODULES, family
@@ -269,13 +270,15 @@ def list_keys(folder: Folder = None, database: Database = None) -> None:
 @app.command()
 @told_plainly
 def models() -> None:
-    """List the architecture families, and the checkpoints that ship with lenskit."""
-    families = Table("family", "Hugging Face's class", box=None, header_style="dim", title_justify="left")
+    """List the architecture families with well-known checkpoints, and the checkpoints that ship with lenskit."""
+    families = Table("family", "Hugging Face's class", "well-known checkpoints", box=None, header_style="dim")
     for model_type in sorted(MODULES):
-        families.add_row(model_type, family(model_type, where="the registry").hf_class)
+        found = family(model_type, where="the registry")
+        families.add_row(model_type, found.hf_class, "\n".join(well_known(model_type)))
     embedded = Table("embedded checkpoint", "family", "layers", "heads", "d_model", box=None, header_style="dim")
     for name in embedded_names():
         cfg = describe(find(name)).cfg
         embedded.add_row(name, cfg.model_type, str(cfg.n_layers), str(cfg.n_heads), str(cfg.d_model))
     console = Console()
-    console.print(families, "", embedded)
+    console.print(families, "", embedded, "")
+    console.print("Others of these families load as well: the model_type in a checkpoint's config.json decides.")

@@ -18,6 +18,7 @@ import lenskit as lk
 from lenskit import cli, commands, demo
 from lenskit.checkpoints import write
 from lenskit.checkpoints.source import embedded_names
+from lenskit.checkpoints.well_known import well_known
 from lenskit.models.registry import MODULES
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,10 @@ def test_version() -> None:
 def test_models_lists_the_families_and_the_embedded_checkpoints() -> None:
     result = lenskit("models")
     assert result.exit_code == 0
-    assert set(embedded_names()) | set(MODULES) <= set(result.stdout.split())
+    shown = set(result.stdout.split())
+    assert set(embedded_names()) | set(MODULES) <= shown
+    assert {hub_id for model_type in MODULES for hub_id in well_known(model_type)} <= shown
+    assert {"LlamaForCausalLM", "GPT2LMHeadModel"} <= shown
 
 
 def test_help_names_every_command() -> None:

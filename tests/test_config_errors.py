@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import edit_json, remove_weights, told, write_hf
+from folders import edit_json, remove_weights, save, tensors, told, write_hf
 from hypothesis import given
 from hypothesis import strategies as st
 from parity_table import ids
@@ -23,6 +23,7 @@ from lenskit.errors import (
     CorruptCheckpointError,
     InputError,
     LenskitError,
+    UnknownTensorError,
     UnsupportedConfigError,
     UnsupportedModelError,
 )
@@ -197,10 +198,6 @@ def test_an_unsupported_model_type(folder: Path) -> None:
     [
         ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, ("spiral", "llama3")),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, ("spiral", "llama3")),
-        (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            ("quantization_config", "gptq", "not quantised"),
-        ),
         ({"sliding_window": 4096}, ("sliding_window=4096", "llama reads", "learn")),
         ({"logit_cap": 3.0, "gate": "x" * 999}, ("gate, logit_cap", "logit_cap=3.0")),
         ({"hidden_act": "sine"}, ("'sine'", "silu")),
@@ -213,6 +210,72 @@ def test_an_attribute_that_would_change_the_computation(
     edit_json(folder / "config.json", **attributes)
     error = told(UnsupportedConfigError, folder, f"{folder}/config.json: ", *fragments)
     assert len(str(error)) < 700
+
+
+QUANTISED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "bitsandbytes, 4 bits": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "load_in_8bit": False},
+        ("with bitsandbytes in 4 bits", ".dequantize() of transformers, then save_pretrained"),
+    ),
+    "bitsandbytes, before methods had names": (
+        {"load_in_8bit": True, "llm_int8_threshold": 6.0},
+        ("with bitsandbytes in 8 bits", ".dequantize()"),
+    ),
+    "torchao": (
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
+        ("with torchao", "load the checkpoint that it was made from", "cannot undo torchao"),
+    ),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, ("with gptq in 4 bits", "cannot undo gptq")),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, ("with awq in 4 bits", "cannot undo awq")),
+    "fp8": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        ("with fp8", "quantization_config=FineGrainedFP8Config(dequantize=True)", "then save_pretrained"),
+    ),
+    "mxfp4": (
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        ("with mxfp4", "quantization_config=Mxfp4Config(dequantize=True)"),
+    ),
+    "no name": ({"dtype": "int3"}, ("with an unnamed method", "load the checkpoint that it was made from")),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_checkpoint_is_refused_with_its_methods_name_and_what_to_do(folder: Path, name: str) -> None:
+    said, fragments = QUANTISED[name]
+    edit_json(folder / "config.json", quantization_config=said)
+    where = f"{folder}/config.json: the weights are quantised"
+    error = told(UnsupportedConfigError, folder, where, "quantization_config={", "not quantised", *fragments)
+    assert len(str(error)) < 700
+    for command in (lk.convert, lk.export):
+        with pytest.raises(UnsupportedConfigError, match="quantised"):
+            command(folder, folder / "out")
+
+
+def test_what_a_quantised_checkpoint_was_made_from_is_named_where_the_config_says_it(folder: Path) -> None:
+    said = {"quant_method": "gptq", "bits": 4}
+    edit_json(folder / "config.json", quantization_config=said, _name_or_path="meta-llama/Llama-3.2-1B")
+    told(UnsupportedConfigError, folder, "made from, meta-llama/Llama-3.2-1B")
+
+
+def test_a_quantised_checkpoint_by_the_older_attribute(folder: Path) -> None:
+    edit_json(folder / "config.json", compression_config={"quant_method": "compressed-tensors", "format": "pack"})
+    told(UnsupportedConfigError, folder, "with compressed-tensors", "CompressedTensorsConfig(dequantize=True)")
+
+
+@pytest.mark.parametrize(
+    ("ending", "method"),
+    [
+        ("q_proj.qweight", "gptq or awq"),
+        ("q_proj.SCB", "bitsandbytes"),
+        ("q_proj.weight.absmax", "bitsandbytes"),
+        ("q_proj.weight_scale_inv", "fp8"),
+        ("q_proj.weight_packed", "compressed-tensors"),
+    ],
+)
+def test_tensors_that_are_quantised_though_the_config_says_nothing(folder: Path, ending: str, method: str) -> None:
+    name = f"model.layers.0.self_attn.{ending}"
+    save(folder, {**tensors(folder), name: torch.ones(2, dtype=torch.uint8)})
+    told(UnknownTensorError, folder, f"{folder}: the weights are quantised, with {method}", name, "made from")
 
 
 @pytest.mark.parametrize(

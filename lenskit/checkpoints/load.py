@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lenskit.checkpoints.devices import Device, device_of, dispatch, places
 from lenskit.checkpoints.files import TensorFiles
 from lenskit.checkpoints.multimodal import MODEL_TYPES, placements, refuse_changed_logits, text_config
+from lenskit.checkpoints.nearest import family_of, known, ranked, told
+from lenskit.checkpoints.quantised import refuse_config, refuse_names
 from lenskit.checkpoints.source import GENERATION_CONFIG, Source, read_json
 from lenskit.errors import (
     ConfigError,
@@ -84,12 +86,14 @@ def describe(source: Source) -> Described:
             f"{where} has no model_type",
             got=f"attributes {', '.join(sorted(raw)[:8]) or 'none'}",
             expected="model_type, the name of the architecture family",
-            fix="add it, or give the folder of a Hugging Face checkpoint",
+            fix=f"add it, or give the folder of a Hugging Face checkpoint; {told(ranked(raw))}",
         )
+    refuse_config(raw if manifest is None else manifest["hf_config"], where=where)
     multimodal = manifest is None and raw["model_type"] in MODEL_TYPES
     if multimodal:
         raw = text_model(raw, source)
-    found = family(raw["model_type"], where=where)
+    hf_config = raw if manifest is None else manifest["hf_config"]
+    found = family_of({**hf_config, "model_type": raw["model_type"]}, where=where)
     attributes = complete(raw, where=where) if manifest is None else manifest["config"]
     with _naming(where), torch.device("meta"):
         cfg = found.config.from_hf(attributes) if manifest is None else found.config.from_json(attributes)
@@ -97,18 +101,20 @@ def describe(source: Source) -> Described:
         next(iter(parts.blocks), None)  # one block, to see whether the values make a model
         if multimodal:
             refuse_changed_logits(parts.unembed)
-    return Described(found, cfg, raw if manifest is None else manifest["hf_config"], multimodal)
+    return Described(found, cfg, hf_config, multimodal)
 
 
 def text_model(raw: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """The config of the text model in a multi-modal one.
 
     Raises:
+        UnsupportedModelError: no family covers it.
         ConfigError: Hugging Face refuses the config.
     """
-    with _accepted(raw, str(source.config_file)):
+    where = str(source.config_file)
+    with _accepted(raw, where):
         text = text_config(_hf_config(raw), source.folder)
-    return {**text, "architectures": [family(text["model_type"], where=str(source.config_file)).hf_class]}
+    return {**text, "architectures": [family_of(text, where=where).hf_class]}
 
 
 @contextmanager
@@ -159,7 +165,13 @@ def _accepted(raw: Mapping[str, Any], where: str) -> Iterator[None]:
 def _hf_config(raw: Mapping[str, Any]) -> Any:
     # A copy: the config classes write into what they are given.
     attributes = deepcopy({key: value for key, value in raw.items() if key not in ("model_type", "_name_or_path")})
-    return load("transformers").AutoConfig.for_model(raw["model_type"], **attributes)
+    transformers, model_type = load("transformers"), raw["model_type"]
+    if known(model_type):
+        return transformers.AutoConfig.for_model(model_type, **attributes)
+    # A family that transformers does not have: no defaults, and only the old names of rotary embeddings are read.
+    rotary = "rope_parameters" in family(model_type, where="the config").config.hf_names.values()
+    fields = {"rope_parameters": None, "__annotations__": {"rope_parameters": dict | None}} if rotary else {}
+    return type("Config", (transformers.PreTrainedConfig,), fields)(**attributes)
 
 
 def matched(source: Source, described: Described, model: Decoder) -> Weights:
@@ -169,6 +181,7 @@ def matched(source: Source, described: Described, model: Decoder) -> Weights:
         MissingTensorError, UnknownTensorError, TensorShapeError, CorruptCheckpointError: see their docstrings.
     """
     files = TensorFiles(source.folder, stem="model" if source.manifest is None else "weights")
+    refuse_names(files.files, where=source.where)
     table = described.family.weights(described.cfg)
     if source.manifest is not None:  # lenskit's own checkpoints have our names on disk
         ours = [name for placement in table.placements() for name in placement.ours]

@@ -5,6 +5,8 @@ import importlib
 from lenskit.errors import UnsupportedModelError
 from lenskit.models.base import Family
 
+GUIDE = "docs/adding-a-model.md in lenskit's repository"
+
 # Hugging Face's `model_type` -> the module that holds the family's `FAMILY`.
 MODULES = {
     "bert": "lenskit.models.bert",
@@ -56,7 +58,7 @@ def family(model_type: str, *, where: str) -> Family:
             f"{where}: no architecture family for model_type {model_type!r}",
             got=repr(model_type),
             expected=f"one of {', '.join(sorted(MODULES))}",
-            fix="add a file under lenskit/models/ and a line to its registry.py (see CONTRIBUTING.md)",
+            fix=f"add the family, a file under lenskit/models/: {GUIDE} goes through it",
         )
     found: Family = importlib.import_module(MODULES[model_type]).FAMILY
     return found
