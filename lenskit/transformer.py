@@ -65,6 +65,8 @@ class HookedTransformer(WeightAccess, Preparing):
         cls,
         name_or_path: str | Path,
         *,
+        adapter: str | Path | None = None,
+        merge: bool = True,
         device: Device | None = None,
         dtype: torch.dtype | None = None,
         device_map: str | Mapping[str, Device] | None = None,
@@ -76,7 +78,9 @@ class HookedTransformer(WeightAccess, Preparing):
         """A checkpoint as a model in eval mode; of a multi-modal one, the text model.
 
         Args:
-            name_or_path: an embedded name ("demo-gpt2"), a folder (Hugging Face's or lenskit's), or a hub id.
+            name_or_path: an embedded name ("demo-gpt2"), or the folder or hub id of a checkpoint, or of a PEFT adapter.
+            adapter: a LoRA that PEFT saved, to be put on the checkpoint: a folder or hub id.
+            merge: add an adapter to the weights, or keep it beside them, with hook points (`...qkv.q.hook_adapter`).
             device: where all weights go; the CPU if nothing is said. "meta" loads no weights at all.
             dtype: of the weights; the one that most of them have on disk if nothing is said.
             device_map: "auto", or module path prefix -> device, through accelerate; instead of `device`.
@@ -97,29 +101,27 @@ class HookedTransformer(WeightAccess, Preparing):
                 expected='device="meta", and no dtype: it is the server\'s',
                 fix='write from_pretrained(name, device="meta", remote=lk.connect(url))',
             )
-        source = find(name_or_path, revision=revision, token=token)
+        source = find(name_or_path, adapter=adapter, revision=revision, token=token)
         described = loading.describe(source)
         with torch.device("meta"):
             model = cls(described.cfg, seed=None)
         model.tokenizer = loading.tokenizer_of(source) if tokenizer is None else tokenizer
-        model.source, model.hf_config = source.name, described.hf_config
+        model.source, model.hf_config = source.described, described.hf_config
         model.generation_config = loading.generation_config_of(source)
-        loading.give_weights(model, source, described, device=device, dtype=dtype, device_map=device_map)
+        loading.give_weights(model, source, described, merge=merge, device=device, dtype=dtype, device_map=device_map)
         if remote is not None:
             model.remote = remote.attach(model, source.name)
         return model.eval()
 
     def save_pretrained(self, dest: str | Path) -> Path:
-        """Write a lenskit checkpoint to a folder that is not there yet; `from_pretrained(dest)` gives it back.
+        """Write a lenskit checkpoint to a folder that is not there yet: with an adapter that was kept apart, merged.
 
         Raises:
             CheckpointError: `dest` is in the way; nothing is written.
         """
         return writing.save(
             dest,
-            family=family(self.cfg.model_type, where="the config"),
-            cfg=self.cfg,
-            parameters=dict(self.named_parameters(remove_duplicate=False)),
+            self,
             hf_config=self.hf_config,
             tokenizer=self.tokenizer,
             source=self.source,

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from lenskit.errors import MissingTensorError, UnknownTensorError
 @dataclass(frozen=True)
 class Rule(ABC):
     """Some tensors on disk and the parameters they become; names may hold `{l}`, the layer's number."""
+
+    by_rows: ClassVar[bool] = False  # whether each of ours has some of the outputs of one product on disk, in order
 
     on_disk: tuple[str, ...]
     ours: tuple[str, ...]
@@ -30,10 +33,19 @@ class Rule(ABC):
     def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The inverse of `load`."""
 
+    def split_rows(self, rows: Tensor) -> Sequence[Tensor]:
+        """What belongs to the outputs of the product on disk, [d_out, ...], as it belongs to those of each of ours.
+
+        Only where `by_rows`.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Weight(Rule):
     """One tensor, one parameter; `transpose` where the disk has [d_in, d_out]."""
+
+    by_rows: ClassVar[bool] = True
 
     transpose: bool = False
 
@@ -42,6 +54,9 @@ class Weight(Rule):
 
     def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return self.load(tensors)
+
+    def split_rows(self, rows: Tensor) -> Sequence[Tensor]:
+        return [rows]
 
 
 class Drop(Rule):
@@ -61,6 +76,8 @@ class Split(Rule):
     sizes: rows of each.
     """
 
+    by_rows: ClassVar[bool] = True
+
     sizes: tuple[int, ...] = ()
 
     def load(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -68,6 +85,9 @@ class Split(Rule):
 
     def store(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [torch.cat(list(tensors))]
+
+    def split_rows(self, rows: Tensor) -> Sequence[Tensor]:
+        return rows.split(self.sizes)
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,8 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    told(CheckpointNotFoundError, tmp_path, "a folder with adapter_config.json", "lenskit.json")
+    (tmp_path / "notes.txt").write_text("{}")
+    told(CheckpointNotFoundError, tmp_path, "a folder with notes.txt", "lenskit.json", "adapter_config.json")
 
 
 def test_a_folder_without_weights(folder: Path) -> None:

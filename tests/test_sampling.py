@@ -39,7 +39,6 @@ from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.source import EMBEDDED, find
 from lenskit.choosing import Chooser
 from lenskit.errors import CorruptCheckpointError, GenerationError
-from lenskit.models.registry import family
 from lenskit.sampling import Sampling, default_eos, refuse_unknown, sampling_from
 
 D_VOCAB, PAD, CPU = 59, 7, torch.device("cpu")
@@ -699,8 +698,7 @@ def test_saving_keeps_the_generation_config(
 ) -> None:
     model = tiny("gpt2")
     writing.save(
-        tmp_path / "saved", family=family("gpt2", where="here"), cfg=model.cfg,
-        parameters=dict(model.named_parameters(remove_duplicate=False)), hf_config=None, tokenizer=None,
+        tmp_path / "saved", model, hf_config=None, tokenizer=None,
         source="new weights", generation_config=generation_config,
     )  # fmt: skip
     assert (tmp_path / "saved" / "generation_config.json").exists() == bool(generation_config)

@@ -133,16 +133,17 @@ class TensorFiles:
 
     Args:
         folder: holds one safetensors file, shards with an index, or pytorch_model*.bin files.
-        stem: "model" for Hugging Face's folders, "weights" for lenskit's.
+        stem: "model" for Hugging Face's folders, "weights" for lenskit's, "adapter_model" for PEFT's.
+        pickled: the file that may be there instead.
 
     Raises:
         CheckpointNotFoundError: no weights, or a shard is missing.
         CorruptCheckpointError: a file that cannot be read.
     """
 
-    def __init__(self, folder: Path, *, stem: str = "model") -> None:
+    def __init__(self, folder: Path, *, stem: str = "model", pickled: str = "pytorch_model.bin") -> None:
         kinds = {".bin": TorchFile, ".safetensors": SafetensorsFile}
-        opened = [kinds[path.suffix](path) for path in _weight_files(folder, stem)]
+        opened = [kinds[path.suffix](path) for path in _weight_files(folder, stem, pickled)]
         self.files: dict[str, TensorFile] = {name: file for file in opened for name in file.names()}
 
     def path(self, name: str) -> Path:
@@ -163,8 +164,8 @@ class TensorFiles:
         return self.files[name].copied(name, dtype)
 
 
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    for whole in (folder / f"{stem}.safetensors", folder / "pytorch_model.bin"):
+def _weight_files(folder: Path, stem: str, pickled: str) -> list[Path]:
+    for whole in (folder / f"{stem}.safetensors", folder / pickled):
         index = whole.with_name(whole.name + ".index.json")
         if whole.exists():
             return [whole]
@@ -173,7 +174,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     raise CheckpointNotFoundError(
         f"{folder} has no weights that lenskit reads",
         got=", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "an empty folder",
-        expected=f"{stem}.safetensors or pytorch_model.bin, whole or sharded with an index",
+        expected=f"{stem}.safetensors or {pickled}, whole or sharded with an index",
         fix="download the weights; other formats can be converted with Hugging Face's save_pretrained",
     )
 

@@ -5,18 +5,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lenskit.checkpoints.adapters import Adapter, fitted, give_products, install
 from lenskit.checkpoints.devices import Device, device_of, dispatch, places
 from lenskit.checkpoints.files import TensorFiles
 from lenskit.checkpoints.multimodal import MODEL_TYPES, placements, refuse_changed_logits, text_config
 from lenskit.checkpoints.nearest import family_of, known, ranked, told
 from lenskit.checkpoints.quantised import refuse_config, refuse_names
-from lenskit.checkpoints.source import GENERATION_CONFIG, Source, read_json
+from lenskit.checkpoints.source import GENERATION_CONFIG, Source, has_tokenizer, read_json
 from lenskit.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -44,12 +45,20 @@ class Described:
     """What a checkpoint's config says: the family, our config, and Hugging Face's as it was.
 
     multimodal: whether there is more on disk than the text model, which the configs describe.
+    adapter: fitted to it. Where it unties the embeddings, both configs say so; tied: whether they are one on disk.
     """
 
     family: Family
     cfg: DecoderConfig
     hf_config: dict[str, Any]
     multimodal: bool = False
+    adapter: Adapter | None = None
+    tied: bool = False
+
+    @property
+    def on_disk(self) -> WeightTable:
+        """The table by which the checkpoint's tensors are read."""
+        return self.family.weights(replace(self.cfg, tie_embeddings=self.tied))
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,19 @@ class Weights:
 
     files: TensorFiles
     placements: list[Placement]
+    adapter: Adapter | None = None
+
+    @property
+    def embedding(self) -> str:
+        """The name on disk of the embedding."""
+        return next(p.on_disk[0] for p in self.placements if p.ours == ("embed.weight",))
+
+    def merged(self, placement: Placement) -> list[Tensor]:
+        """The parameters of a placement, with what the adapter adds to them, as they lie on disk."""
+        tensors = placement.rule.load([self.files.alone(name) for name in placement.on_disk])
+        if self.adapter is None:
+            return list(tensors)
+        return [self.adapter.merged(name, tensor) for name, tensor in zip(placement.ours, tensors, strict=True)]
 
     def size(self, placement: Placement) -> int:
         """How many numbers a placement reads."""
@@ -78,6 +100,7 @@ def describe(source: Source) -> Described:
         UnsupportedModelError: no family covers the model's type.
         UnsupportedConfigError: an attribute that would change the computation and is not handled.
         ConfigError: the config makes no sense.
+        CheckpointError: an adapter that is not one of such a model.
     """
     where, manifest = str(source.config_file), source.manifest
     raw = read_json(source.config_file) if manifest is None else manifest
@@ -101,7 +124,14 @@ def describe(source: Source) -> Described:
         next(iter(parts.blocks), None)  # one block, to see whether the values make a model
         if multimodal:
             refuse_changed_logits(parts.unembed)
-    return Described(found, cfg, hf_config, multimodal)
+    tied = cfg.tie_embeddings
+    if source.adapter is None:
+        return Described(found, cfg, hf_config, multimodal, tied=tied)
+    untied = replace(cfg, tie_embeddings=False)
+    adapter = fitted(source.adapter, found.weights(untied))
+    if tied and adapter.unties:
+        cfg, hf_config = untied, {**hf_config, "tie_word_embeddings": False}
+    return Described(found, cfg, hf_config, multimodal, adapter, tied)
 
 
 def text_model(raw: Mapping[str, Any], source: Source) -> dict[str, Any]:
@@ -182,18 +212,23 @@ def matched(source: Source, described: Described, model: Decoder) -> Weights:
     """
     files = TensorFiles(source.folder, stem="model" if source.manifest is None else "weights")
     refuse_names(files.files, where=source.where)
-    table = described.family.weights(described.cfg)
+    table = described.on_disk
     if source.manifest is not None:  # lenskit's own checkpoints have our names on disk
         ours = [name for placement in table.placements() for name in placement.ours]
         table = WeightTable(tuple(weight(name, name) for name in ours), n_layers=1)
     match = placements if described.multimodal else WeightTable.match
-    weights = Weights(files, match(table, files.files, source.where))
+    weights = Weights(files, match(table, files.files, source.where), described.adapter)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for placement in weights.placements:
         _check_shapes(placement, files, parameters)
         _check_dtypes(placement, files)
-        if described.cfg.tie_embeddings and isinstance(placement.rule, Drop):
+        if described.tied and isinstance(placement.rule, Drop):
             _check_tied(placement, weights)
+    if described.tied and not described.cfg.tie_embeddings:  # the unembedding begins as what it was one with
+        embed = weights.embedding
+        weights.placements.append(Placement(weight(embed, "unembed.weight"), (embed,), ("unembed.weight",)))
+    if described.adapter is not None:
+        described.adapter.check(model)
     return weights
 
 
@@ -205,6 +240,7 @@ def give_weights(
     device: Device | None,
     dtype: torch.dtype | None,
     device_map: str | Mapping[str, Device] | None,
+    merge: bool = True,
 ) -> None:
     """Give a model built on the meta device its weights; nothing is placed unless everything fits.
 
@@ -216,12 +252,15 @@ def give_weights(
         dtype: of all weights but those that a module keeps exact; None for the one that most of the numbers on disk
             have.
         device_map: "auto", or module path prefix -> device; instead of `device`.
+        merge: whether an adapter is added to the weights, or kept beside them with a hook point.
 
     Raises:
-        InputError: a dtype, device or device map that cannot be.
+        InputError: a dtype, device or device map that cannot be; nothing that could be kept apart.
         CheckpointError: see `matched`.
     """
     check_dtype(dtype)
+    if not merge:
+        _keep_apart(model, described.adapter)
     if device_map is None and places(model, device, None)[""].type == "meta":
         if dtype is not None:
             model.to(dtype)
@@ -229,11 +268,26 @@ def give_weights(
     weights = matched(source, described, model)
     dtype = weights.dtype() if dtype is None else dtype
     devices = places(model, device, device_map, dtype)
-    _place(model, weights, devices, dtype)
+    _place(model, weights, devices, dtype, merge=merge)
     dispatch(model, devices)
 
 
-def _place(model: Decoder, weights: Weights, devices: Mapping[str, torch.device], dtype: torch.dtype) -> None:
+def _keep_apart(model: Decoder, adapter: Adapter | None) -> None:
+    if adapter is None:
+        raise InputError(
+            "there is no adapter to keep apart",
+            got="merge=False, and a checkpoint without an adapter",
+            expected="an adapter's folder or hub id, as the checkpoint or as adapter=",
+            fix="leave merge out",
+        )
+    adapter.check(model)
+    install(model, adapter)
+
+
+def _place(
+    model: Decoder, weights: Weights, devices: Mapping[str, torch.device], dtype: torch.dtype, *, merge: bool
+) -> None:
+    adapter = weights.adapter
     # The largest first: what is copied needs room for its original too, and now there is most of it.
     for placement in sorted(weights.placements, key=weights.size, reverse=True):
         exact = any(_kept_exact(model, name) for name in placement.ours)
@@ -241,8 +295,12 @@ def _place(model: Decoder, weights: Weights, devices: Mapping[str, torch.device]
         for name, tensor in zip(placement.ours, _read(placement, weights.files, devices, own), strict=True):
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
+            if adapter is not None:
+                tensor = adapter.merged(name, tensor) if merge else adapter.whole(name, tensor)
             module._parameters[attribute] = nn.Parameter(tensor)
     model.tie()
+    if adapter is not None and not merge:
+        give_products(model, adapter)
 
 
 def _kept_exact(model: Decoder, name: str) -> bool:
@@ -298,9 +356,7 @@ def _check_dtypes(placement: Placement, files: TensorFiles) -> None:
 
 def _check_tied(placement: Placement, weights: Weights) -> None:
     """A tensor that is left out as the embedding's copy has to be one."""
-    name = placement.on_disk[0]
-    embed = next(p.on_disk[0] for p in weights.placements if p.ours == ("embed.weight",))
-    files = weights.files
+    name, embed, files = placement.on_disk[0], weights.embedding, weights.files
     if files.shape(name) == files.shape(embed) and not torch.equal(files.alone(name), files.alone(embed)):
         raise UnknownTensorError(
             f"{files.path(name)}: {name} differs from {embed}, and the config says that they are one",
@@ -323,25 +379,28 @@ def _read(
 
 
 def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
-    """The folder's tokenizer, if it has one; code from the checkpoint is never run.
+    """The folder's tokenizer, or the adapter's, if there is one; code from the checkpoint is never run.
 
     Raises:
         CorruptCheckpointError: it has one that cannot be loaded.
     """
-    if not any(list(source.folder.glob(name)) for name in ("tokenizer*", "vocab.json", "vocab.txt")):
+    folder, manifest = source.tokenizer_folder, source.manifest
+    if not has_tokenizer(folder):
         return None
-    transformers, manifest = load("transformers"), source.manifest
+    raw = read_json(source.config_file) if manifest is None else manifest["hf_config"]
+    raw = {**raw, "model_type": (manifest or raw)["model_type"]}
+    in_folder = manifest is None and folder == source.folder and known(raw["model_type"])
     try:
-        # Which class a tokenizer is depends on the model's config too; a lenskit checkpoint has no config.json.
-        config = (
-            None if manifest is None else _hf_config({"model_type": manifest["model_type"], **manifest["hf_config"]})
-        )
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            source.folder, config=config, local_files_only=True, trust_remote_code=False
+        tokenizer: PreTrainedTokenizerBase = load("transformers").AutoTokenizer.from_pretrained(
+            folder,
+            # Which class a tokenizer is depends on the model's config too, which transformers reads if it can.
+            config=None if in_folder else _hf_config(raw),
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # whatever transformers raises, it is about these files
         raise CorruptCheckpointError(
-            f"{source.where}: the tokenizer cannot be loaded",
+            f"{folder}: the tokenizer cannot be loaded",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             expected="a tokenizer of transformers; lenskit never runs code from a checkpoint",
             fix="pass tokenizer=..., repair its files, or remove them for a model that takes ids only",

@@ -21,12 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lenskit.checkpoints.adapters import merged_parameter
 from lenskit.checkpoints.load import Described, Weights, describe, matched
 from lenskit.checkpoints.source import COMPANIONS, FORMAT, GENERATION_CONFIG, MANIFEST, Source, find
 from lenskit.errors import CheckpointError, InputError, LenskitError
 from lenskit.extras import load
 from lenskit.models.base import Decoder, Family
 from lenskit.models.config import DecoderConfig
+from lenskit.models.registry import family
 from lenskit.version import __version__
 from lenskit.weights import Placement
 
@@ -39,13 +41,19 @@ NamedTensors = Iterable[tuple[str, Callable[[], Tensor]]]
 
 
 def convert(
-    source: str | Path, dest: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    source: str | Path,
+    dest: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Write any checkpoint as a lenskit checkpoint, tensor for tensor, in its own dtype.
 
     Args:
-        source: an embedded name, a folder, or a hub id.
+        source: an embedded name, a folder, or a hub id; a PEFT adapter's stands for its base with the adapter.
         dest: a folder that does not exist yet, or is empty.
+        adapter: a PEFT adapter's folder or hub id, which is merged into the weights.
 
     Returns:
         The folder.
@@ -54,21 +62,28 @@ def convert(
         CheckpointError, ConfigError: the source cannot be read (see their subclasses), `dest` is in the way or
             cannot be written. Nothing is left.
     """
-    found, described, weights = _opened(source, revision, token)
+    found, described, weights = _opened(source, adapter, revision, token)
     with new_folder(Path(dest)) as folder:
-        _copy_companions(found.folder, folder)
-        _write_lenskit(folder, described, _ours(weights), source=found.name, revision=found.revision)
+        _copy_companions(found, folder)
+        _write_lenskit(folder, described, _ours(weights), source=found.described, revision=found.revision)
     return Path(dest)
 
 
 def export(
-    source: str | Path, dest: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    source: str | Path,
+    dest: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Path:
-    """Write any checkpoint in Hugging Face's format; every tensor is bit-exact. Arguments as `convert`'s."""
-    found, described, weights = _opened(source, revision, token)
+    """Write any checkpoint in Hugging Face's format; every tensor is bit-exact, but for what an adapter is merged into.
+    Arguments as `convert`'s.
+    """
+    found, described, weights = _opened(source, adapter, revision, token)
     ours = dict(_ours(weights))
     with new_folder(Path(dest)) as folder:
-        _copy_companions(found.folder, folder)
+        _copy_companions(found, folder)
         table = described.family.weights(described.cfg)
         tensors = [
             (name, partial(_stored, placement, index, ours))
@@ -82,20 +97,17 @@ def export(
 
 def save(
     dest: str | Path,
+    model: Decoder,
     *,
-    family: Family,
-    cfg: DecoderConfig,
-    parameters: Mapping[str, Tensor],
     hf_config: dict[str, Any] | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     source: str,
     generation_config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model in memory as a lenskit checkpoint.
+    """Write a model in memory as a lenskit checkpoint, with adapters beside its weights merged into them.
 
     Args:
-        parameters: ours, by name.
-        hf_config: what Hugging Face's config said, for a later export; None to derive it from `cfg`.
+        hf_config: what Hugging Face's config said, for a later export; None to derive it from the model's.
         source: what the manifest says the weights come from.
         generation_config: for generation_config.json; None or empty for none.
 
@@ -103,17 +115,19 @@ def save(
         CheckpointError: `dest` is in the way, or cannot be written.
         InputError: there are no weights here to write.
     """
-    ours = [name for placement in family.weights(cfg).placements() for name in placement.ours]
+    cfg, of = model.cfg, family(model.cfg.model_type, where="the config")
+    ours = [name for placement in of.weights(cfg).placements() for name in placement.ours]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     _check_here(ours, parameters)
     dtype = str(parameters[ours[0]].dtype).removeprefix("torch.")
-    described = Described(family, cfg, {**(hf_config or _hf_config(family, cfg, tokenizer)), "dtype": dtype})
+    described = Described(of, cfg, {**(hf_config or _hf_config(of, cfg, tokenizer)), "dtype": dtype})
     described.hf_config.pop("torch_dtype", None)  # the old name of "dtype"
     with new_folder(Path(dest)) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if generation_config:
             _write_json(folder / GENERATION_CONFIG, generation_config)
-        tensors = [(name, partial(_on_cpu, parameters[name])) for name in ours]
+        tensors = [(name, partial(_on_cpu, model, name)) for name in ours]
         _write_lenskit(folder, described, tensors, source=source, revision=None)
     return Path(dest)
 
@@ -174,8 +188,10 @@ def _check_free(dest: Path) -> None:
         )
 
 
-def _opened(source: str | Path, revision: str | None, token: str | bool | None) -> tuple[Source, Described, Weights]:
-    found = find(source, revision=revision, token=token)
+def _opened(
+    source: str | Path, adapter: str | Path | None, revision: str | None, token: str | bool | None
+) -> tuple[Source, Described, Weights]:
+    found = find(source, adapter=adapter, revision=revision, token=token)
     described = describe(found)
     with torch.device("meta"):
         model = Decoder(described.cfg, described.family.parts(described.cfg))
@@ -189,15 +205,15 @@ def _ours(weights: Weights) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def _loaded(placement: Placement, index: int, weights: Weights) -> Tensor:
-    return placement.rule.load([weights.files.alone(name) for name in placement.on_disk])[index]
+    return weights.merged(placement)[index]
 
 
 def _stored(placement: Placement, index: int, ours: Mapping[str, Callable[[], Tensor]]) -> Tensor:
     return placement.rule.store([ours[name]() for name in placement.ours])[index]
 
 
-def _on_cpu(parameter: Tensor) -> Tensor:
-    return parameter.detach().cpu()
+def _on_cpu(model: Decoder, name: str) -> Tensor:
+    return merged_parameter(model, name).cpu()
 
 
 def _write_lenskit(
@@ -254,11 +270,13 @@ def _write_shards(folder: Path, tensors: NamedTensors, *, stem: str) -> list[Pat
     return [path for path, _ in named]
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    for path in (path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()):
-        copy = folder / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+def _copy_companions(source: Source, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        place = source.folder if pattern == GENERATION_CONFIG else source.tokenizer_folder
+        for path in (path for path in place.glob(pattern) if path.is_file()):
+            copy = folder / path.relative_to(place)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -60,9 +60,14 @@ def joined(parts: Sequence[tuple[Part | None, Tensor]]) -> Tensor:
 
 def wider(columns: int | None, point: HookPoint, part: Part | None) -> int | None:
     """How many positions need logits, given one more reader of a point."""
-    if point.name != "hook_logits" or columns is None:
+    if not of_logits(point) or columns is None:
         return columns
     return None if part is None or part.selection.whole else max(columns, part.selection.depth)
+
+
+def of_logits(point: HookPoint) -> bool:
+    """Whether it is behind the final norm, where only the positions are computed that need logits."""
+    return point.name == "hook_logits" or point.name.startswith("unembed.")
 
 
 def token_dims(point: HookPoint, selection: Selection) -> list[int]:

@@ -146,8 +146,8 @@ class PassRun:
             for point, some in actions.items()
         ]
         self._rebuild = any("key_pos" in point.axes for point in actions)
-        logits = self.program.points.get("hook_logits")
-        self.n_logits = None if logits is not None and logits.attachments is not None else columns
+        of_others = any(point.attachments is not None for point in self.program.logit_points)
+        self.n_logits = None if of_others else columns
 
     def _own_pass(self, function: HookFunction) -> HookFunction:
         """The function, but not in a pass that a user's function starts within this one."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lenskit.hooks import HookPoint
 from lenskit.interventions.expressions import Act, Grad, Leaf
 from lenskit.interventions.geometry import Geometry
 from lenskit.interventions.ops import Numbered, Op
+from lenskit.interventions.parts import of_logits
 from lenskit.interventions.selection import Selection, select
 from lenskit.interventions.selectors import Selectors
 
@@ -93,6 +95,11 @@ class Program:
     points: Mapping[str, HookPoint]
     selections: dict[Any, Selection] = field(default_factory=dict)
     gradients: Sequence[Gradients] = ()
+
+    @cached_property
+    def logit_points(self) -> list[HookPoint]:
+        """Those whose activations are as long as the logits."""
+        return [point for point in self.points.values() if of_logits(point)]
 
     def selection(self, place: Place, selectors: Selectors, step: int, rows: Sequence[int]) -> Selection:
         """Of the whole batch, over all the rows that are selected."""

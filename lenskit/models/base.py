@@ -21,7 +21,7 @@ from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import Embed, LearnedPositions, TokenTypes, Unembed
 from lenskit.modules.mlp import FeedForward
-from lenskit.modules.module import Identity, Module
+from lenskit.modules.module import Identity, Module, run_for_readers
 from lenskit.modules.norms import Norm
 from lenskit.modules.qkv import HeadInputs
 from lenskit.recording import Recorded
@@ -116,6 +116,7 @@ class Block(Module):
             self._refuse_hooks_on(norm, "per-head inputs", "hook_q_input, hook_k_input or hook_v_input")
         whole = norm(resid)  # now, for those who read the norm's own points
         norm = norm.fused if isinstance(norm, Norm) else norm  # type: ignore[assignment]
+        run_for_readers(self.attn.qkv, whole, instead="this block's per-head inputs")
         group, groups = self.attn.group, self.hook_attn_in.sizes["head"]
         attn_in = self.hook_attn_in(resid.unsqueeze(2).expand(-1, -1, groups, -1))
         return HeadInputs(
@@ -186,6 +187,10 @@ class Decoder(Module):
         self.tie()
         self.causal = all(module.causal for module in self.modules() if isinstance(module, SelfAttention))
         self.hook_logits = HookPoint("batch pos d_vocab", d_vocab=cfg.d_vocab)
+        self.name_modules()
+
+    def name_modules(self) -> None:
+        """Tell every module its path, and every hook point its place: after modules were added or moved, too."""
         self.hook_points: dict[str, HookPoint] = {}
         self._between: dict[tuple[int | None, int | None], dict[str, HookPoint]] = {}
         for name, module in self.named_modules():

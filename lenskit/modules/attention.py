@@ -17,7 +17,7 @@ from torch import Tensor
 from lenskit.hooks import HookPoint, Watch
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Linear, SoftCap, bias_view
-from lenskit.modules.module import Identity, Module, at_least_float32, empty
+from lenskit.modules.module import Identity, Module, at_least_float32, empty, run_for_readers
 from lenskit.modules.position_bias import NoPositionBias, PositionBias
 from lenskit.modules.qkv import QKV, HeadInputs
 from lenskit.modules.rotary import Rotary
@@ -108,6 +108,7 @@ class SelfAttention(Module):
         """Back to the stream; head by head only where somebody asked for `hook_result`."""
         if self.hook_result.attachments is None:
             return self.o(z.flatten(2))
+        run_for_readers(self.o, z.flatten(2), instead=repr(self.hook_result.name))
         return self.hook_result(torch.einsum("bphd,hdm->bphm", z, self.W_O)).sum(2) + self.b_O
 
     @property
@@ -124,7 +125,7 @@ class SelfAttention(Module):
 
     @property
     def W_O(self) -> Float[Tensor, "head d_value d_model"]:
-        return self.o.weight.unflatten(1, (self.qkv.n_heads, self.qkv.d_value)).permute(1, 2, 0)
+        return self.o.matrix.unflatten(1, (self.qkv.n_heads, self.qkv.d_value)).permute(1, 2, 0)
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:

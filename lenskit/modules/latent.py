@@ -128,7 +128,7 @@ class LatentQKV(QKV):
     @property
     def W_DQ(self) -> Float[Tensor, "d_model d_latent"]:
         if isinstance(self.q_down, Linear):
-            return self.q_down.weight.T
+            return self.q_down.matrix.T
         raise LenskitError(
             "this model has no W_DQ",
             got="queries that come from the stream itself",
@@ -138,23 +138,23 @@ class LatentQKV(QKV):
 
     @property
     def W_DKV(self) -> Float[Tensor, "d_model d_latent"]:
-        return self.kv_down.weight[: self.down_sizes[0]].T
+        return self.kv_down.matrix[: self.down_sizes[0]].T
 
     @property
     def W_KR(self) -> Float[Tensor, "d_model d_rotary"]:
-        return self.kv_down.weight[self.down_sizes[0] :].T
+        return self.kv_down.matrix[self.down_sizes[0] :].T
 
     @property
     def W_UQ(self) -> Float[Tensor, "head d_latent d_head"]:
-        return self.q.weight.unflatten(0, (self.n_heads, -1)).mT
+        return self.q.matrix.unflatten(0, (self.n_heads, -1)).mT
 
     @property
     def W_UK(self) -> Float[Tensor, "head d_latent d_plain"]:
-        return self.kv.weight.unflatten(0, (self.n_heads, -1))[:, : self.d_plain].mT
+        return self.kv.matrix.unflatten(0, (self.n_heads, -1))[:, : self.d_plain].mT
 
     @property
     def W_UV(self) -> Float[Tensor, "head d_latent d_value"]:
-        return self.kv.weight.unflatten(0, (self.n_heads, -1))[:, self.d_plain :].mT
+        return self.kv.matrix.unflatten(0, (self.n_heads, -1))[:, self.d_plain :].mT
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         raise LenskitError(

@@ -1,5 +1,6 @@
 """Matrix products: `Linear`, the token embedding, learned positions and token types, and the unembedding."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,11 @@ class Linear(Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         parameters = self._parameters
         return F.linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+    @property
+    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+        """What the input is multiplied with; a subclass's may be more than the stored weight."""
+        return self.weight
 
     def extra_repr(self) -> str:
         d_out, d_in = self.weight.shape
@@ -169,7 +175,7 @@ class Unembed(Linear):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.weight.T
+        return self.matrix.T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
@@ -229,7 +235,7 @@ class TransformedUnembed(Unembed):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.first.weight.T @ self.weight.T
+        return self.first.matrix.T @ self.matrix.T
 
 
 class NonlinearUnembed(Unembed):
@@ -251,8 +257,15 @@ class NonlinearUnembed(Unembed):
         return super().forward(self.ln(self.hook_post(self.act(self.hook_pre(self.dense(x))))))
 
 
-class AbsentBias(Tensor):
-    """Zeros where a model has no bias. Writing them in place would be lost, so it is an error."""
+class Unwritable(Tensor):
+    """A tensor that stands for a weight that is not there as such: writing it in place would be lost, so it is an
+    error. Views of it are like it.
+    """
+
+    @classmethod
+    @abstractmethod
+    def refusal(cls, name: str) -> LenskitError:
+        """What is raised; `name` is the function that would write."""
 
     @classmethod
     def __torch_function__(
@@ -261,12 +274,7 @@ class AbsentBias(Tensor):
         name = getattr(function, "__name__", "")
         in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
         if in_place and isinstance(args[0], cls):
-            raise LenskitError(
-                "this model has no such bias",
-                got=f"{name} on zeros that stand for it",
-                expected="reads only: there is nothing to write to",
-                fix="use a model whose config has the bias, or add it to the activation with a hook",
-            )
+            raise cls.refusal(name)
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
         shares = isinstance(result, Tensor) and any(
@@ -274,6 +282,19 @@ class AbsentBias(Tensor):
             for arg in args
         )
         return result.as_subclass(cls) if shares else result
+
+
+class AbsentBias(Unwritable):
+    """Zeros where a model has no bias."""
+
+    @classmethod
+    def refusal(cls, name: str) -> LenskitError:
+        return LenskitError(
+            "this model has no such bias",
+            got=f"{name} on zeros that stand for it",
+            expected="reads only: there is nothing to write to",
+            fix="use a model whose config has the bias, or add it to the activation with a hook",
+        )
 
 
 def bias_view(bias: nn.Parameter | None, *shape: int, like: Tensor) -> Tensor:

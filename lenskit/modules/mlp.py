@@ -80,7 +80,7 @@ class FeedForward(Module):
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        return self.w_in.weight.T
+        return self.w_in.matrix.T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
@@ -88,7 +88,7 @@ class FeedForward(Module):
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        return self.w_out.weight.T
+        return self.w_out.matrix.T
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
@@ -101,6 +101,7 @@ class MLP(FeedForward):
     def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool) -> None:
         super().__init__(d_model, d_mlp, act_fn=act_fn, bias=bias)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+        self.in_order("w_out")
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         return self.w_out(self.hook_post(self.act(self.hook_pre(self.w_in(x)))))
@@ -118,6 +119,7 @@ class GatedMLP(FeedForward):
         self.w_gate = Linear(d_model, d_mlp, bias=bias)
         self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+        self.in_order("w_gate", "hook_pre", "w_in", "hook_pre_linear", "hook_post", "w_out")
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         gate = self.act(self.hook_pre(self.w_gate(x)))
@@ -125,7 +127,7 @@ class GatedMLP(FeedForward):
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        return self.w_gate.weight.T
+        return self.w_gate.matrix.T
 
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"]:
@@ -158,7 +160,7 @@ class ClampedGatedMLP(FeedForward):
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        return self.w_in.weight[::2].T
+        return self.w_in.matrix[::2].T
 
     @property
     def b_gate(self) -> Float[Tensor, " d_mlp"]:
@@ -166,7 +168,7 @@ class ClampedGatedMLP(FeedForward):
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        return self.w_in.weight[1::2].T
+        return self.w_in.matrix[1::2].T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:

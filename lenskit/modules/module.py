@@ -20,7 +20,8 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from lenskit.errors import LenskitError
+from lenskit.errors import HookConflictError, LenskitError
+from lenskit.hooks import HookPoint
 from lenskit.recording import Recorded
 
 # The classes whose call is their `forward` and nothing else. There are none any more once a call may be more than that:
@@ -82,6 +83,11 @@ class Module(Recorded):
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
         self.__dict__[name] = module
+
+    def in_order(self, *names: str) -> None:
+        """Put submodules last, in the order in which the forward pass uses them: hook points' places follow it."""
+        for name in names:
+            self._modules[name] = self._modules.pop(name)
 
     def __delattr__(self, name: str) -> None:
         if name in self._modules:
@@ -164,6 +170,28 @@ class Identity(Module):
         return x
 
     forward = __call__
+
+
+def run_for_readers(module: nn.Module, x: Tensor, *, instead: str) -> None:
+    """Run a module whose result is not needed, for those who read points within it.
+
+    Args:
+        instead: what is computed in another way at this moment, for the message.
+
+    Raises:
+        HookConflictError: somebody edits a point within it, which would be without effect.
+    """
+    points = [point for point in module.modules() if isinstance(point, HookPoint) and point.used]
+    for point in points:
+        if not point.only_read:
+            raise HookConflictError(
+                f"a hook on {point.name!r} would be without effect",
+                got=f"hooks on {point.name!r} and on {instead} at once",
+                expected="one or the other: that is computed of the weights alone",
+                fix=f"edit {point.name!r} in a pass of its own",
+            )
+    if points:
+        module(x)
 
 
 def empty(*shape: int) -> nn.Parameter:

@@ -78,7 +78,7 @@ class SeparateQKV(QKV):
         )
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part.weight.unflatten(0, (-1, self.d_head)).mT for part in (self.q, self.k, self.v))
+        q, k, v = (part.matrix.unflatten(0, (-1, self.d_head)).mT for part in (self.q, self.k, self.v))
         return q, k, v
 
     def biases(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +106,7 @@ class FusedQKV(QKV):
         return q, k, v
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.joined.weight.unflatten(0, (-1, self.d_head)).mT.split(self.counts)
+        q, k, v = self.joined.matrix.unflatten(0, (-1, self.d_head)).mT.split(self.counts)
         return q, k, v
 
     def biases(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ class GroupedQKV(QKV):
         return q.reshape(shape).transpose(1, 2), k.squeeze(3).transpose(1, 2), v.squeeze(3).transpose(1, 2)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._by_part(self.joined.weight.unflatten(0, (self.n_key_value_heads, -1, self.d_head)).mT)
+        return self._by_part(self.joined.matrix.unflatten(0, (self.n_key_value_heads, -1, self.d_head)).mT)
 
     def biases(self) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.n_key_value_heads, self.group + 2, self.d_head)
