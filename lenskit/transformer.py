@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lenskit.cache import ActivationCache
+from lenskit.checkpoints import companions
 from lenskit.checkpoints import load as loading
 from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.devices import Device
@@ -105,9 +106,9 @@ class HookedTransformer(WeightAccess, Preparing):
         described = loading.describe(source)
         with torch.device("meta"):
             model = cls(described.cfg, seed=None)
-        model.tokenizer = loading.tokenizer_of(source) if tokenizer is None else tokenizer
+        model.tokenizer = companions.tokenizer_of(source) if tokenizer is None else tokenizer
         model.source, model.hf_config = source.described, described.hf_config
-        model.generation_config = loading.generation_config_of(source)
+        model.generation_config = companions.generation_config_of(source)
         loading.give_weights(model, source, described, merge=merge, device=device, dtype=dtype, device_map=device_map)
         if remote is not None:
             model.remote = remote.attach(model, source.name)

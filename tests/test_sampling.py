@@ -34,7 +34,7 @@ from transformers import (
 
 import lenskit as lk
 from lenskit import sampling as module
-from lenskit.checkpoints import load as loading
+from lenskit.checkpoints import companions
 from lenskit.checkpoints import write as writing
 from lenskit.checkpoints.source import EMBEDDED, find
 from lenskit.choosing import Chooser
@@ -678,18 +678,18 @@ def test_an_empty_tokenizer_is_asked_too() -> None:
 
 
 def test_generation_configs_of_checkpoints(tmp_path: Path) -> None:
-    assert loading.generation_config_of(find("demo-gpt2"))["eos_token_id"] == 0
+    assert companions.generation_config_of(find("demo-gpt2"))["eos_token_id"] == 0
     folder = write_hf(tmp_path / "hf", "gpt2")
     written = folder / "generation_config.json"
     written.write_text(json.dumps({"eos_token_id": [3, 4], "top_p": 0.9}))
     for copied in (folder, writing.convert(folder, tmp_path / "a"), writing.export(folder, tmp_path / "b")):
-        assert loading.generation_config_of(find(copied)) == {"eos_token_id": [3, 4], "top_p": 0.9}
+        assert companions.generation_config_of(find(copied)) == {"eos_token_id": [3, 4], "top_p": 0.9}
     for broken in ("{", "[]", "\udcff"):
         written.write_text(broken, errors="surrogateescape")
         with pytest.raises(CorruptCheckpointError, match=r"generation_config\.json cannot be read"):
-            loading.generation_config_of(find(folder))
+            companions.generation_config_of(find(folder))
     written.unlink()
-    assert loading.generation_config_of(find(folder)) == {}
+    assert companions.generation_config_of(find(folder)) == {}
 
 
 @pytest.mark.parametrize("generation_config", [None, {}, {"eos_token_id": [3, 4], "temperature": 0.5}])
@@ -702,7 +702,7 @@ def test_saving_keeps_the_generation_config(
         source="new weights", generation_config=generation_config,
     )  # fmt: skip
     assert (tmp_path / "saved" / "generation_config.json").exists() == bool(generation_config)
-    assert loading.generation_config_of(find(tmp_path / "saved")) == (generation_config or {})
+    assert companions.generation_config_of(find(tmp_path / "saved")) == (generation_config or {})
 
 
 # -- importing

@@ -17,10 +17,9 @@ from lenskit.checkpoints.files import TensorFiles
 from lenskit.checkpoints.multimodal import MODEL_TYPES, placements, refuse_changed_logits, text_config
 from lenskit.checkpoints.nearest import family_of, known, ranked, told
 from lenskit.checkpoints.quantised import refuse_config, refuse_names
-from lenskit.checkpoints.source import GENERATION_CONFIG, Source, has_tokenizer, read_json
+from lenskit.checkpoints.source import Source, read_json
 from lenskit.errors import (
     ConfigError,
-    CorruptCheckpointError,
     InputError,
     LenskitError,
     TensorShapeError,
@@ -35,7 +34,7 @@ from lenskit.modules.module import Module, at_least_float32
 from lenskit.weights import Drop, Placement, WeightTable, weight
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -143,7 +142,7 @@ def text_model(raw: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """
     where = str(source.config_file)
     with _accepted(raw, where):
-        text = text_config(_hf_config(raw), source.folder)
+        text = text_config(hf_config_of(raw), source.folder)
     return {**text, "architectures": [family_of(text, where=where).hf_class]}
 
 
@@ -172,7 +171,7 @@ def complete(raw: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         ConfigError: Hugging Face refuses it.
     """
     with _accepted(raw, where):
-        config: dict[str, Any] = _hf_config(raw).to_dict()
+        config: dict[str, Any] = hf_config_of(raw).to_dict()
     return config
 
 
@@ -192,7 +191,8 @@ def _accepted(raw: Mapping[str, Any], where: str) -> Iterator[None]:
         ) from error
 
 
-def _hf_config(raw: Mapping[str, Any]) -> Any:
+def hf_config_of(raw: Mapping[str, Any]) -> Any:
+    """An instance of the config's own class."""
     # A copy: the config classes write into what they are given.
     attributes = deepcopy({key: value for key, value in raw.items() if key not in ("model_type", "_name_or_path")})
     transformers, model_type = load("transformers"), raw["model_type"]
@@ -376,43 +376,3 @@ def _read(
         return list(placement.rule.load(as_it_lies))
     tensors = placement.rule.load([files.copied(name, dtype) for name in placement.on_disk])
     return [tensor.to(device) for tensor, device in zip(tensors, devices, strict=True)]
-
-
-def tokenizer_of(source: Source) -> "PreTrainedTokenizerBase | None":
-    """The folder's tokenizer, or the adapter's, if there is one; code from the checkpoint is never run.
-
-    Raises:
-        CorruptCheckpointError: it has one that cannot be loaded.
-    """
-    folder, manifest = source.tokenizer_folder, source.manifest
-    if not has_tokenizer(folder):
-        return None
-    raw = read_json(source.config_file) if manifest is None else manifest["hf_config"]
-    raw = {**raw, "model_type": (manifest or raw)["model_type"]}
-    in_folder = manifest is None and folder == source.folder and known(raw["model_type"])
-    try:
-        tokenizer: PreTrainedTokenizerBase = load("transformers").AutoTokenizer.from_pretrained(
-            folder,
-            # Which class a tokenizer is depends on the model's config too, which transformers reads if it can.
-            config=None if in_folder else _hf_config(raw),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # whatever transformers raises, it is about these files
-        raise CorruptCheckpointError(
-            f"{folder}: the tokenizer cannot be loaded",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            expected="a tokenizer of transformers; lenskit never runs code from a checkpoint",
-            fix="pass tokenizer=..., repair its files, or remove them for a model that takes ids only",
-        ) from error
-    return tokenizer
-
-
-def generation_config_of(source: Source) -> dict[str, Any]:
-    """The folder's generation_config.json; empty where there is none.
-
-    Raises:
-        CorruptCheckpointError: it is no JSON object.
-    """
-    path = source.folder / GENERATION_CONFIG
-    return read_json(path) if path.exists() else {}

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lenskit.checkpoints.load import DTYPES, tokenizer_of
+from lenskit.checkpoints.companions import tokenizer_of
+from lenskit.checkpoints.load import DTYPES
 from lenskit.checkpoints.source import find
 from lenskit.errors import RemoteError
 from lenskit.remote.asking import Flow
