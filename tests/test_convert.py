@@ -29,6 +29,8 @@ from lenskit.checkpoints import write
 from lenskit.checkpoints.source import EMBEDDED, embedded_names, read_json
 from lenskit.errors import InputError
 from lenskit.models.llama import LlamaConfig
+from lenskit.models.registry import family
+from lenskit.weights import Drop
 
 load = lk.HookedTransformer.from_pretrained
 
@@ -275,8 +277,11 @@ def test_there_and_back_over_every_variant(
     """Hugging Face -> a model -> saved (and converted, and loaded) -> exported: every bit is the same."""
     tmp = tmp_path_factory.mktemp("trip")
     source = hf_folder(row, tmp / "hf")
-    save(source, {name: tensor.to(dtype) for name, tensor in tensors(source).items()})
+    exact = "e_score_correction_bias"  # float32 in every checkpoint, and in every model
+    save(source, {name: t if name.endswith(exact) else t.to(dtype) for name, t in tensors(source).items()})
     original = tensors(source)
+    with torch.no_grad():
+        theirs = hf_model(source, attention="sdpa", dtype=dtype)(torch.arange(6)[None]).logits
     FORMS[form](source, original)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "SHARD_BYTES", shard_bytes)
@@ -284,11 +289,12 @@ def test_there_and_back_over_every_variant(
         if by_way:
             saved = load(lk.convert(saved, tmp / "converted")).save_pretrained(tmp / "again")
         exported = lk.export(saved, tmp / "exported")
-    back = tensors(exported)
-    assert back.keys() == original.keys()
-    assert all(identical(back[name], tensor) for name, tensor in original.items())
+    back, model = tensors(exported), load(source)
+    table = family(model.cfg.model_type, where="the test").weights(model.cfg)
+    unread = {p.on_disk[0] for p in table.match(original, "the test") if isinstance(p.rule, Drop)}
+    assert back.keys() == original.keys() - unread
+    assert all(identical(back[name], original[name]) for name in back)
     named = {"dtype": str(dtype).removeprefix("torch.")}
     assert read_json(exported / "config.json") == {**read_json(source / "config.json"), **named}
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(exported)(torch.arange(6)[None]).logits
-        assert torch.equal(theirs, hf_model(source, attention="sdpa", dtype=dtype)(torch.arange(6)[None]).logits)
+        assert torch.equal(theirs, hf_model(exported, attention="sdpa", dtype=dtype)(torch.arange(6)[None]).logits)
