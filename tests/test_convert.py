@@ -297,4 +297,5 @@ def test_there_and_back_over_every_variant(
     named = {"dtype": str(dtype).removeprefix("torch.")}
     assert read_json(exported / "config.json") == {**read_json(source / "config.json"), **named}
     with torch.no_grad():
-        assert torch.equal(theirs, hf_model(exported, attention="sdpa", dtype=dtype)(torch.arange(6)[None]).logits)
+        found = hf_model(exported, attention="sdpa", dtype=dtype)(torch.arange(6)[None]).logits
+    torch.testing.assert_close(found, theirs)  # a kernel's last bit depends on where in memory a weight begins
