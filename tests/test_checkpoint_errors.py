@@ -282,3 +282,9 @@ def test_a_folder_without_weights(folder: Path) -> None:
 def test_a_revision_of_what_has_none(folder: Path) -> None:
     for name in (folder, "demo-gpt2"):
         told(InputError, name, "has no revisions", "revision='main'", "hub id", revision="main")
+
+
+def test_a_model_is_no_checkpoint(shared: lk.HookedTransformer, tmp_path: Path) -> None:
+    with pytest.raises(lk.errors.CheckpointNotFoundError, match=r"a HookedTransformer(.|\n)*save_pretrained"):
+        lk.export(shared, tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

@@ -114,7 +114,7 @@ def test_an_edit_of_a_latent_reaches_every_head(latent: lk.HookedTransformer) ->
 def test_a_latents_edit_and_inputs_by_head_exclude_each_other(latent: lk.HookedTransformer, point: str) -> None:
     point = f"blocks.1.attn.qkv.{point}"
     latent.run_with_cache(ids(2, 9), [point, "blocks.1.hook_v_input"])
-    with pytest.raises(HookConflictError, match=f"{point}(.|\n)*edit hook_q_input"):
+    with pytest.raises(HookConflictError, match=f"{point}(.|\n)*per-head inputs(.|\n)*in a pass of its own"):
         latent.run_with_hooks(ids(2, 9), [lk.Scale(point, 2.0), lk.Save("blocks.1.hook_v_input")])
 
 

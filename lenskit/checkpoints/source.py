@@ -124,6 +124,13 @@ def find(
 
 def _located(name_or_path: str | Path, revision: str | None, token: str | bool | None) -> tuple[Path, str | None]:
     """The folder, downloaded if need be, and the hub's commit."""
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise CheckpointNotFoundError(
+            "this is no checkpoint",
+            got=f"a {type(name_or_path).__name__}",
+            expected="a folder, a hub id (owner/name), or an embedded name",
+            fix="write a model to a folder first, with its save_pretrained, and give that",
+        )
     name = str(name_or_path)
     path, commit = Path(os.path.expanduser(name)), None
     if not os.path.exists(path):
