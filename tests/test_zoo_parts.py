@@ -16,12 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lenskit as lk
 from lenskit.errors import HookConflictError, LenskitError, UnknownTensorError
+from lenskit.modules.adapter import adapt
 from lenskit.modules.attention import Attention, ExtendedAttention, SinkSoftmax
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.latent import LatentQKV, UnevenAttention
 from lenskit.modules.linear import Linear
-from lenskit.modules.mlp import ClampedGatedMLP, GatedMLP
+from lenskit.modules.mlp import MLP, ClampedGatedMLP, FeedForward, GatedMLP
 from lenskit.modules.moe import Choose, MixtureOfExperts, SharedExperts, SigmoidTopK, SoftmaxTopK, TopKSoftmax
 from lenskit.modules.norms import LayerNorm, LayerNormByHead, Norm, OffsetRMSNorm, RMSNorm, RMSNormOverHeads
 from lenskit.modules.position_bias import LinearBias, alibi_slopes
@@ -361,6 +362,59 @@ def test_a_correction_and_router_logits_stay_float32(tmp_path: Path) -> None:
     assert cache[name].dtype == torch.float32
     assert error(cache[name], by_hand) < 1e-6
     assert half.run_with_hooks(ids(2, 5), [lk.Add(name, torch.ones(8))]).logits.dtype == torch.bfloat16
+
+
+def gated() -> FeedForward:
+    return GatedMLP(D_MODEL, 5, act_fn="silu", bias=True)
+
+
+EXPERTS = {
+    "plain": lambda: MLP(D_MODEL, 5, act_fn="gelu", bias=False),
+    "gated, biases": gated,
+    "clamped": lambda: ClampedGatedMLP(D_MODEL, 5, bias=True, alpha=1.7, limit=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("n_tokens", [1, 7])  # of one, most experts have nothing to do
+@torch.no_grad()
+def test_experts_together_are_what_each_gives_by_itself(
+    kind: str, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = [EXPERTS[kind]() for _ in range(8)]
+    router = Linear(D_MODEL, 8, bias=False)
+    moe, x = (
+        drawn(MixtureOfExperts(D_MODEL, router=router, choose=TopKSoftmax(2), experts=experts)),
+        random(1, n_tokens, D_MODEL),
+    )
+    found = {}
+    for plain in (True, False):
+        monkeypatch.setattr("lenskit.modules.moe.calls_are_plain", lambda plain=plain: plain)
+        found[plain] = moe(x)
+    assert error(found[True], found[False]) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["a torch hook", "gradients", "an adapter"])
+def test_experts_run_one_by_one_where_somebody_would_notice(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x, seen = mixture(TopKSoftmax(8)), random(1, 3, D_MODEL), []
+    if how != "a torch hook":
+        monkeypatch.setattr("lenskit.modules.moe.calls_are_plain", lambda: True)
+    if how == "gradients":
+        moe(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in moe.experts.parameters())
+        return
+    with torch.no_grad():
+        before, merged = moe(x), copy.deepcopy(moe)
+        if how == "an adapter":
+            merged.experts[2].w_in.weight += 0.5 * 2  # scale x rank, of ones
+            adapt(moe.experts[2].w_in, rank=2, scale=0.5)
+            moe.experts[2].w_in.lora_A.fill_(1.0)
+            moe.experts[2].w_in.lora_B.fill_(1.0)
+            assert error(moe(x), merged(x)) < 1e-5
+            return
+        with moe.experts[2].w_in.register_forward_hook(lambda *_: seen.append(1)):
+            assert error(moe(x), before) < 1e-6
+        assert seen == [1]
 
 
 def test_normalised_after_is_normalised_before() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +68,15 @@ class FeedForward(Module):
 
     Weights as views: W_in [d_model, d_mlp], b_in [d_mlp], W_out [d_mlp, d_model], b_out [d_model].
 
+    reads: products of the input, by name.
+    hidden: makes the hidden layer [... d_mlp] of what they give, each element of its own.
+
     Args:
         n_in: rows of `w_in` for each number of the hidden layer: a subclass may have more than one product in it.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("w_in",)
+    hidden: Callable[..., Tensor]
 
     def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool, n_in: int = 1) -> None:
         super().__init__()
@@ -77,6 +84,9 @@ class FeedForward(Module):
         self.w_in = Linear(d_model, n_in * d_mlp, bias=bias)
         self.w_out = Linear(d_mlp, d_model, bias=bias)
         self.hook_pre = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        return self.w_out(self.hidden(self.w_in(x)))
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -103,8 +113,8 @@ class MLP(FeedForward):
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
         self.in_order("w_out")
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        return self.w_out(self.hook_post(self.act(self.hook_pre(self.w_in(x)))))
+    def hidden(self, pre: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+        return self.hook_post(self.act(self.hook_pre(pre)))
 
 
 class GatedMLP(FeedForward):
@@ -114,16 +124,22 @@ class GatedMLP(FeedForward):
     the product. W_gate [d_model, d_mlp] and b_gate [d_mlp] are views like the others.
     """
 
+    reads = ("w_gate", "w_in")
+
     def __init__(self, d_model: int, d_mlp: int, *, act_fn: str, bias: bool) -> None:
         super().__init__(d_model, d_mlp, act_fn=act_fn, bias=bias)
         self.w_gate = Linear(d_model, d_mlp, bias=bias)
         self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
-        self.in_order("w_gate", "hook_pre", "w_in", "hook_pre_linear", "hook_post", "w_out")
+        self.in_order("w_gate", "w_in", "hook_pre", "hook_pre_linear", "hook_post", "w_out")
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        gate = self.act(self.hook_pre(self.w_gate(x)))
-        return self.w_out(self.hook_post(gate * self.hook_pre_linear(self.w_in(x))))
+        return self.w_out(self.hidden(self.w_gate(x), self.w_in(x)))
+
+    def hidden(
+        self, gate: Float[Tensor, "*batch d_mlp"], linear: Float[Tensor, "*batch d_mlp"]
+    ) -> Float[Tensor, "*batch d_mlp"]:
+        return self.hook_post(self.act(self.hook_pre(gate)) * self.hook_pre_linear(linear))
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -152,11 +168,10 @@ class ClampedGatedMLP(FeedForward):
         self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
 
-    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        both = self.w_in(x)
+    def hidden(self, both: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_mlp"]:
         gate = self.hook_pre(both[..., ::2]).clamp(max=self.limit)
         linear = self.hook_pre_linear(both[..., 1::2]).clamp(-self.limit, self.limit)
-        return self.w_out(self.hook_post(gate * self.act(self.alpha * gate) * (linear + 1)))
+        return self.hook_post(gate * self.act(self.alpha * gate) * (linear + 1))
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:

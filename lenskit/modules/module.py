@@ -158,6 +158,11 @@ def look_at_classes() -> None:
         _look_closer()
 
 
+def calls_are_plain() -> bool:
+    """Whether nothing can happen in any call of a `Module` but its class's `forward`, run on tensors."""
+    return not _calls_need_a_closer_look
+
+
 def torch_hooks_are_used() -> bool:
     """Whether anybody may have registered one of torch's own hooks on a module."""
     return bool(_torch_hooks_are_used or _global_forward_hooks or _global_forward_pre_hooks)
