@@ -1,6 +1,6 @@
 """lenskit against Hugging Face and TransformerLens: speed and memory, as ratios, with the bars that must hold.
 
-    make bench                                                # everything, about 12 minutes
+    make bench                                                # everything, about 20 minutes
     make bench ARGS=--quick                                   # about 2 minutes, fewer sizes and rounds
     make bench ARGS="--only 'speed-small*'"                   # some cases; --list names them
     make bench ARGS="--write-docs docs/benchmarks.md"         # put the tables into the documentation
@@ -28,6 +28,7 @@ from benchmark_models import ABSENT, SPEED_CASES, speed
 from benchmark_report import Row, show, summary, write_docs, write_json
 from benchmark_timing import hook_point
 from benchmark_tracing import tracing
+from benchmark_zoo import ZOO_CASES, zoo
 from rich.console import Console
 
 OUTPUT = Path(__file__).resolve().parent.parent / "build" / "benchmark.json"
@@ -59,6 +60,7 @@ CASES = (
     Case("generation-prefix", shared_prefix, weight=0.8, quick=False),
     Case("planning", planning, weight=0.2),
     Case("tracing", tracing, weight=0.4),
+    *(Case(name, partial(zoo, name), weight=0.3, quick=False) for name in ZOO_CASES),
 )
 
 
@@ -78,7 +80,7 @@ def measure(cases: list[Case], *, seconds: float, quick: bool, console: Console)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="about 2 minutes: no calls that take seconds")
-    parser.add_argument("--seconds", type=float, help="roughly how long all of it may take (680, or 100)")
+    parser.add_argument("--seconds", type=float, help="roughly how long all of it may take (1150, or 100)")
     parser.add_argument("--only", metavar="PATTERN", help="cases whose name matches this glob, or holds it")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--json", type=Path, default=OUTPUT, metavar="FILE", help="default: build/benchmark.json")
@@ -98,7 +100,7 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=170)
     start = time.monotonic()
-    rows = measure(wanted, seconds=args.seconds or (100 if args.quick else 680), quick=args.quick, console=console)
+    rows = measure(wanted, seconds=args.seconds or (100 if args.quick else 1150), quick=args.quick, console=console)
     show(rows, ABSENT, console)
     write_json(args.json, rows, time.monotonic() - start)
     if args.write_docs:
