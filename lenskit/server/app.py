@@ -28,7 +28,8 @@ from lenskit.errors import (
 )
 from lenskit.remote.wire import JSON, SAFETENSORS, error_to_wire, unpack
 from lenskit.server import schema
-from lenskit.server.database import FINAL, MINUTE, Entry
+from lenskit.server.database import Entry
+from lenskit.server.jobs import FINAL, MINUTE
 from lenskit.server.metrics import Metrics
 from lenskit.server.service import Caller, Service
 from lenskit.server.transfer import RefusedError, read_body, span

@@ -15,7 +15,8 @@ from rich.table import Table
 from lenskit.errors import InputError
 from lenskit.server.app import application
 from lenskit.server.config import Config, KeyLimits, Model, data_home, read_config
-from lenskit.server.database import Keys, connect
+from lenskit.server.database import connect
+from lenskit.server.keys import Keys
 from lenskit.server.metrics import Metrics
 from lenskit.server.service import Service
 

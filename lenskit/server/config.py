@@ -72,7 +72,8 @@ class Config(BaseSettings):
     keys_database: of the keys; the same if left out. results: a folder or an fsspec URL.
     keep_hours: how long results are kept. use_keys: False lets everybody in, on loopback only.
     batch_rows, batch_tokens: of what runs together. upload_seconds: how long a client may be silent while it sends.
-    attempts: how often a job is begun whose worker dies.
+    attempts: how often a job is begun whose worker dies. silent_seconds: after which a worker counts as dead that says
+    nothing in a database that several servers share.
     """
 
     model_config = SettingsConfigDict(env_prefix="LENSKIT_SERVER_", env_nested_delimiter="__", extra="forbid")
@@ -90,6 +91,7 @@ class Config(BaseSettings):
     batch_tokens: int = Field(2**15, ge=1)
     upload_seconds: float = Field(30.0, gt=0)
     attempts: int = Field(3, ge=1)
+    silent_seconds: float = Field(15.0, ge=5)
     job: JobLimits = JobLimits()
     key: KeyLimits = KeyLimits()
 

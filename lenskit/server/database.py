@@ -1,31 +1,17 @@
-"""The database: jobs and keys. SQLite (WAL) on one machine, Postgres for several; every method is one transaction.
+"""The database: its tables and how it is reached. SQLite (WAL) for one server, Postgres for several."""
 
-A job's way: queued, running (claimed by a worker), and done, failed or cancelled. A worker that dies leaves its jobs
-running; whoever notices puts them back (`requeue`). What a worker reports of a job that was taken from it is ignored.
-"""
-
-import json
-import secrets
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import sqlalchemy as sa
+from filelock import FileLock, Timeout
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
-from lenskit.errors import InputError, QuotaError
-from lenskit.server.config import KeyLimits
+from lenskit.errors import InputError
 
 Entry = Any  # a row of a table; its columns are its attributes
-
-FINAL = ("done", "failed", "cancelled")
-UNFINISHED = ("queued", "running")
-MINUTE = 60.0
 
 _tables = sa.MetaData()
 jobs = sa.Table(
@@ -68,312 +54,102 @@ keys = sa.Table(
 )
 
 
+turns = sa.Table(
+    "turns",
+    _tables,
+    sa.Column("model", sa.String(200), primary_key=True),
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("served", sa.Float, nullable=False),  # when a job of this key was last begun
+)
+workers = sa.Table(
+    "workers",
+    _tables,
+    sa.Column("name", sa.String(300), primary_key=True),
+    sa.Column("model", sa.String(200), nullable=False),
+    sa.Column("beat", sa.Float, nullable=False),  # its last sign of life, by the database's clock
+    sa.Column("memory", sa.Text, nullable=False),
+)
+
+
+def is_shared(url: str) -> bool:
+    """Whether several servers may use the database: any that is no SQLite file."""
+    return not url.startswith("sqlite")
+
+
+def only_server_of(url: str) -> FileLock | None:
+    """Take a database that is one server's alone, until the process ends; nothing for one that is shared.
+
+    Raises:
+        InputError: another server has it.
+    """
+    path = sa.make_url(url).database if not is_shared(url) else None
+    if not path or path == ":memory:":
+        return None
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(
+            "another server uses this database",
+            got=path,
+            expected="a folder of its own for each server",
+            fix="choose another --folder; servers can share a Postgres database",
+        ) from None
+    return lock
+
+
 def connect(url: str) -> Engine:
-    """The database behind an SQLAlchemy URL, with its tables."""
-    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _set_up_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
-    with engine.begin() as connection:
+    """The database behind an SQLAlchemy URL, with its tables.
+
+    Raises:
+        InputError: neither SQLite nor Postgres.
+    """
+    if url.startswith(("postgres://", "postgresql://")):
+        url = f"postgresql+psycopg://{url.partition('://')[2]}"
+    if not url.startswith(("sqlite", "postgresql")):
+        raise InputError(
+            "this database is of no kind that the server knows",
+            got=repr(url.partition("://")[0]),
+            expected="sqlite:///path/to/file.db, or postgresql://user@host/name",
+            fix="leave database out for SQLite in the server's folder",
+        )
+    try:
+        if not is_shared(url):
+            engine = sa.create_engine(url)
+            event.listen(engine, "connect", _set_up_sqlite)
+            event.listen(engine, "begin", _begin_sqlite)
+        else:
+            engine = sa.create_engine(url, pool_pre_ping=True, pool_size=20)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "Postgres needs a driver", got=str(error), expected="psycopg", fix="pip install 'lenskit-interp[ray]'"
+        ) from error
+    with engine.execution_options(writes=True).begin() as connection:
+        one_at_a_time(connection, "tables")
         _tables.create_all(connection)
     return engine
 
 
+def one_at_a_time(connection: Connection, what: str) -> None:
+    """Wait until no other transaction is at this: SQLite has one that writes at a time anyway."""
+    if connection.dialect.name == "postgresql":
+        number = int.from_bytes(sha256(f"lenskit {what}".encode()).digest()[:8], "big", signed=True)
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+
+
+def now(connection: Connection) -> float:
+    """Seconds since 1970; by the one clock of a database that several machines share."""
+    if connection.dialect.name == "sqlite":
+        return time.time()
+    return float(connection.execute(sa.select(sa.extract("epoch", sa.func.clock_timestamp()))).scalar_one())
+
+
 def _set_up_sqlite(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # the driver's own transactions would begin too late
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=20000"):
+    for pragma in ("busy_timeout=20000", "journal_mode=WAL", "synchronous=FULL"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
     """One that will write has to say so at once: of two that read first, one could not."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
-
-
-@dataclass(frozen=True)
-class Report:
-    """How a job ended: with a result of so many bytes, or an error."""
-
-    job: str
-    error: Mapping[str, str] | None = None
-    result_bytes: int | None = None
-    step: int | None = None
-
-
-class Jobs:
-    """The jobs' table."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._lock = engine, threading.Lock()
-        self._for_writing = engine.execution_options(writes=True)
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """A transaction that writes. The threads of a process take turns: SQLite would have them sleep and try again,
-        by which many of them lose more time than the writing takes.
-        """
-        with self._lock, self._for_writing.begin() as connection:
-            yield connection
-
-    # -- clients
-
-    def accept(self, key: str, limits: KeyLimits, job: Mapping[str, Any]) -> Entry:
-        """Take a job, unless its idempotency key has one already: then that.
-
-        Args:
-            job: columns.
-
-        Raises:
-            QuotaError: the key has too much already.
-        """
-        with self._writing() as connection:
-            if job.get("idempotency") is not None:
-                same = sa.and_(jobs.c.key == key, jobs.c.idempotency == job["idempotency"])
-                there = connection.execute(sa.select(jobs).where(same)).first()
-                if there is not None:
-                    return there
-            self._check_limits(connection, key, limits, job)
-            values = {"id": f"job_{secrets.token_hex(12)}", "status": "queued", "created": time.time(), "attempts": 0}
-            seq = connection.execute(sa.insert(jobs).values(key=key, **values, **job)).inserted_primary_key
-            assert seq is not None
-            return connection.execute(sa.select(jobs).where(jobs.c.seq == seq[0])).one()
-
-    def _check_limits(self, connection: Connection, key: str, limits: KeyLimits, job: Mapping[str, Any]) -> None:
-        used = self._used(connection, key)
-        if used["queued_jobs"] >= limits.queued_jobs:
-            raise _over("queued_jobs", f"{used['queued_jobs']} jobs in the queue", limits.queued_jobs, "a job is begun")
-        if used["tokens_per_minute"] + job["tokens"] > limits.tokens_per_minute:
-            got = f"{used['tokens_per_minute']:,} tokens in the last minute, and {job['tokens']:,} more"
-            raise _over("tokens_per_minute", got, limits.tokens_per_minute, "in a minute")
-        needed = job["expected_bytes"]
-        if used["result_bytes"] + needed > limits.result_bytes:
-            got = f"{used['result_bytes']:,} bytes of results, and {needed:,} more"
-            raise _over("result_bytes", got, limits.result_bytes, "results are deleted (DELETE the jobs) or expire")
-
-    def used(self, key: str) -> dict[str, int]:
-        """What of its limits a key uses."""
-        with self._engine.begin() as connection:
-            return self._used(connection, key)
-
-    def _used(self, connection: Connection, key: str) -> dict[str, int]:
-        own = jobs.c.key == key
-        recent = sa.case((jobs.c.created > time.time() - MINUTE, jobs.c.tokens), else_=0)
-        queued = sa.case((jobs.c.status == "queued", 1), else_=0)
-        held = sa.case((jobs.c.status.in_(UNFINISHED), jobs.c.expected_bytes), else_=jobs.c.result_bytes)
-        columns = [sa.func.coalesce(sa.func.sum(column), 0) for column in (queued, recent, held)]
-        found = connection.execute(sa.select(*columns).where(own)).one()
-        return dict(zip(("queued_jobs", "tokens_per_minute", "result_bytes"), map(int, found), strict=True))
-
-    def get(self, id: str, key: str) -> Entry | None:
-        """A job of a key."""
-        with self._engine.begin() as connection:
-            return connection.execute(sa.select(jobs).where(jobs.c.id == id, jobs.c.key == key)).first()
-
-    def listed(self, key: str, limit: int) -> Sequence[Entry]:
-        """A key's jobs, the newest first."""
-        with self._engine.begin() as connection:
-            chosen = sa.select(jobs).where(jobs.c.key == key).order_by(jobs.c.seq.desc()).limit(limit)
-            return connection.execute(chosen).all()
-
-    def place(self, row: Entry) -> int:
-        """How many jobs of its model come before it."""
-        with self._engine.begin() as connection:
-            order = fair(self._queue(connection, row.model))
-        return next((place for place, other in enumerate(order) if other.seq == row.seq), 0)
-
-    def cancel(self, id: str, key: str) -> Entry | None:
-        """Cancel a job that is not finished, and forget the result of one that is; None if there is none."""
-        own = sa.and_(jobs.c.id == id, jobs.c.key == key)
-        with self._writing() as connection:
-            values = {"status": "cancelled", "finished": time.time(), "body": None}
-            connection.execute(sa.update(jobs).where(own, jobs.c.status.in_(UNFINISHED)).values(values))
-            found = connection.execute(sa.select(jobs).where(own)).first()
-            connection.execute(sa.update(jobs).where(own).values(result_bytes=None))
-        return found
-
-    # -- workers
-
-    def claim(self, model: str, worker: str, *, rows: int, tokens: int) -> Sequence[Entry]:
-        """The next job of a model, and those behind it that fit into its batch."""
-        with self._writing() as connection:
-            chosen = batch_of(fair(self._queue(connection, model)), rows=rows, tokens=tokens)
-            if not chosen:
-                return []
-            seqs = jobs.c.seq.in_([row.seq for row in chosen])
-            values = {"status": "running", "worker": worker, "started": time.time(), "attempts": jobs.c.attempts + 1}
-            free = jobs.c.status == "queued"
-            connection.execute(sa.update(jobs).where(seqs, free).values({**values, "step": None}))
-            mine = sa.and_(seqs, jobs.c.worker == worker, jobs.c.status == "running")
-            return connection.execute(sa.select(jobs).where(mine).order_by(jobs.c.seq)).all()
-
-    def _queue(self, connection: Connection, model: str) -> Sequence[Entry]:
-        columns = [jobs.c[name] for name in ("seq", "key", "verb", "rows", "width", "steps", "alone", "attempts")]
-        queue = sa.select(*columns).where(jobs.c.model == model, jobs.c.status == "queued").order_by(jobs.c.seq)
-        return connection.execute(queue.limit(2000).with_for_update(skip_locked=True)).all()
-
-    def progress(self, ids: Iterable[str], worker: str, step: int) -> set[str]:
-        """Note how far jobs are; gives those that are still the worker's."""
-        with self._writing() as connection:
-            mine = sa.and_(jobs.c.id.in_(list(ids)), jobs.c.worker == worker, jobs.c.status == "running")
-            connection.execute(sa.update(jobs).where(mine).values(step=step))
-            return set(connection.execute(sa.select(jobs.c.id).where(mine)).scalars())
-
-    def finish(self, reports: Sequence[Report], worker: str) -> list[bool]:
-        """Report how jobs ended; False for those that were taken from the worker, or cancelled."""
-        with self._writing() as connection:
-            return [self._finish(connection, report, worker) for report in reports]
-
-    def _finish(self, connection: Connection, report: Report, worker: str) -> bool:
-        mine = sa.and_(jobs.c.id == report.job, jobs.c.worker == worker, jobs.c.status == "running")
-        values = {
-            "status": "done" if report.error is None else "failed",
-            "finished": time.time(),
-            "error": None if report.error is None else json.dumps(report.error),
-            "result_bytes": report.result_bytes,
-            "step": report.step,
-            "body": None,
-        }
-        return connection.execute(sa.update(jobs).where(mine).values(values)).rowcount == 1
-
-    def requeue(self, worker: str | None, attempts: int, error: Mapping[str, str]) -> list[tuple[str, str]]:
-        """Put back what a worker that died (None: any) had begun, or report it as failed if that was often enough.
-
-        Returns:
-            The jobs' ids, and what has become of them.
-        """
-        left = (
-            jobs.c.status == "running"
-            if worker is None
-            else sa.and_(jobs.c.status == "running", jobs.c.worker == worker)
-        )
-        with self._writing() as connection:
-            failed = {"status": "failed", "finished": time.time(), "error": json.dumps(error), "body": None}
-            found = connection.execute(sa.select(jobs.c.id, jobs.c.attempts).where(left)).all()
-            connection.execute(sa.update(jobs).where(left, jobs.c.attempts >= attempts).values(failed))
-            connection.execute(sa.update(jobs).where(left).values(status="queued", worker=None, step=None))
-        return [(row.id, "failed" if row.attempts >= attempts else "queued") for row in found]
-
-    # -- housekeeping
-
-    def expired(self, before: float) -> list[str]:
-        """Jobs whose results are older than a time; they are forgotten with this."""
-        with self._writing() as connection:
-            old = sa.and_(jobs.c.finished < before, jobs.c.result_bytes.is_not(None))
-            ids = list(connection.execute(sa.select(jobs.c.id).where(old)).scalars())
-            connection.execute(sa.update(jobs).where(old).values(result_bytes=None))
-            return ids
-
-    def forget(self, before: float) -> None:
-        """Remove jobs that ended before a time."""
-        with self._writing() as connection:
-            connection.execute(sa.delete(jobs).where(jobs.c.finished < before))
-
-    def with_results(self) -> set[str]:
-        """The jobs whose results are kept."""
-        with self._engine.begin() as connection:
-            return set(connection.execute(sa.select(jobs.c.id).where(jobs.c.result_bytes.is_not(None))).scalars())
-
-    def counts(self) -> dict[tuple[str, str], int]:
-        """How many jobs there are, by model and status."""
-        with self._engine.begin() as connection:
-            counted = sa.select(jobs.c.model, jobs.c.status, sa.func.count()).group_by(jobs.c.model, jobs.c.status)
-            return {(model, status): n for model, status, n in connection.execute(counted)}
-
-    def running(self) -> Sequence[Entry]:
-        """Jobs that are running, without whose they are."""
-        columns = [jobs.c[name] for name in ("id", "model", "rows", "step", "steps", "started")]
-        with self._engine.begin() as connection:
-            return connection.execute(sa.select(*columns).where(jobs.c.status == "running").limit(200)).all()
-
-    def failures(self, limit: int) -> Sequence[Entry]:
-        """The newest failures, without whose they are."""
-        columns = [jobs.c[name] for name in ("model", "error", "finished")]
-        newest = sa.select(*columns).where(jobs.c.status == "failed").order_by(jobs.c.finished.desc()).limit(limit)
-        with self._engine.begin() as connection:
-            return connection.execute(newest).all()
-
-
-class Keys:
-    """The keys' table. A key is 256 random bits, of which only a hash is kept."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._writing = engine, engine.execution_options(writes=True)
-
-    def add(self, name: str, limits: Mapping[str, int]) -> str:
-        """A new key; it is shown now and never again.
-
-        Raises:
-            InputError: there is one of this name.
-        """
-        key = f"lk_{secrets.token_urlsafe(32)}"
-        values = {"name": name, "hash": _hash(key), "limits": json.dumps(dict(limits)), "created": time.time()}
-        with self._writing.begin() as connection:
-            if connection.execute(sa.select(keys.c.name).where(keys.c.name == name)).first() is not None:
-                raise InputError(
-                    f"there is a key named {name!r} already",
-                    got=repr(name),
-                    expected="a new name",
-                    fix=f"remove that one first: lenskit keys remove {name}",
-                )
-            connection.execute(sa.insert(keys).values(values))
-        return key
-
-    def remove(self, name: str) -> bool:
-        """Remove a key; whether there was one."""
-        with self._writing.begin() as connection:
-            return connection.execute(sa.delete(keys).where(keys.c.name == name)).rowcount == 1
-
-    def all(self) -> Sequence[Entry]:
-        """Names, limits and times."""
-        with self._engine.begin() as connection:
-            return connection.execute(sa.select(keys.c.name, keys.c.limits, keys.c.created).order_by(keys.c.name)).all()
-
-    def find(self, key: str) -> tuple[str, dict[str, int]] | None:
-        """Whose key it is, and the limits that it was given."""
-        with self._engine.begin() as connection:
-            row = connection.execute(sa.select(keys.c.name, keys.c.limits).where(keys.c.hash == _hash(key))).first()
-        return None if row is None else (row.name, json.loads(row.limits))
-
-
-def _hash(key: str) -> str:
-    return sha256(key.encode()).hexdigest()
-
-
-def fair(queue: Sequence[Entry]) -> list[Entry]:
-    """A queue in the order in which it is served: each key's first job, then each one's second, and so on."""
-    nth: dict[str, int] = {}
-    turns: list[tuple[int, int, Entry]] = []
-    for row in queue:
-        nth[row.key] = nth.get(row.key, -1) + 1
-        turns.append((nth[row.key], row.seq, row))
-    return [row for *_, row in sorted(turns, key=lambda turn: turn[:2])]
-
-
-def batch_of(queue: Sequence[Entry], *, rows: int, tokens: int) -> list[Entry]:
-    """The first job, and those behind it that can run beside it, all padded to the longest.
-
-    One that has been begun before runs alone: it may be what its worker died of.
-    """
-    chosen: list[Entry] = []
-    for row in queue:
-        if not chosen:
-            chosen = [row]
-            if row.alone or row.attempts:
-                break
-            continue
-        if row.alone or row.attempts or row.verb != chosen[0].verb:
-            continue
-        n_rows = sum(other.rows for other in chosen) + row.rows
-        longest = max(other.width + other.steps for other in (*chosen, row))
-        if n_rows <= rows and n_rows * longest <= tokens:
-            chosen.append(row)
-    return chosen
-
-
-def _over(limit: str, got: str, allowed: int, until: str) -> QuotaError:
-    return QuotaError(
-        f"this key's limit {limit} is reached",
-        got=got,
-        expected=f"at most {allowed:,}",
-        fix=f"try again when {until}" if not until.startswith("in ") else f"try again {until}",
-    )

@@ -41,9 +41,7 @@ class Metrics:
         for (model, status), n in service.jobs.counts().items():
             self._jobs.labels(model, status).set(n)
         for model in service.served:
-            replicas = service.workers.of(model) if service.workers else []
-            self._ready.labels(model).set(sum(replica.status == "ready" for replica in replicas))
-            for replica in replicas:
-                for device in replica.memory:
-                    self._memory.labels(model, device["device"]).set(device["used"])
+            self._ready.labels(model).set(service.crew.ready(model) if service.crew else 0)
+            for device in service.crew.memory(model) if service.crew else ():
+                self._memory.labels(model, device["device"]).set(device["used"])
         return generate_latest(self._registry)

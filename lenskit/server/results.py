@@ -1,7 +1,7 @@
 """Results: one safetensors file a job, there whole or not at all. A folder, or whatever fsspec reaches."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+SUFFIX = ".safetensors"
 PARTIAL = ".partial"
 CHUNK = 2**18
 
@@ -65,15 +66,24 @@ class Results:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._path(job))
 
-    def tidy(self, kept: set[str]) -> None:
-        """Remove what a kill has left: halves, and results of no job. Only while nobody writes."""
-        for path in self._fs.ls(self._root, detail=False):
-            name = str(path).rpartition("/")[2]
-            if name.endswith(PARTIAL) or name.removesuffix(".safetensors") not in kept:
-                self._fs.rm_file(path)
+    def tidy(self, kept: Callable[[], set[str]]) -> None:
+        """Remove what a kill has left: halves and results of jobs that have, and will have, none.
+
+        Args:
+            kept: the jobs that do; asked after the place was looked through, so that what is written now stays.
+        """
+        try:
+            found = [str(path) for path in self._fs.ls(self._root, detail=False, refresh=True)]
+        except FileNotFoundError:  # a store of objects has no empty folders
+            return
+        jobs = kept()
+        for path in found:
+            if path.rpartition("/")[2].removesuffix(PARTIAL).removesuffix(SUFFIX) not in jobs:
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
 
     def _path(self, job: str) -> str:
-        return f"{self._root}/{job}.safetensors"
+        return f"{self._root}/{job}{SUFFIX}"
 
 
 def _pieces(file: Any, start: int, end: int) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +22,23 @@ from lenskit.errors import (
     JobCancelledError,
     KeyRefusedError,
     NoSuchJobError,
-    RemoteError,
     ResultGoneError,
 )
-from lenskit.remote.wire import error_from_wire, error_to_wire, pack
+from lenskit.remote.wire import error_from_wire, pack
 from lenskit.server.admission import admit
 from lenskit.server.config import Config, KeyLimits, Model
-from lenskit.server.database import FINAL, Entry, Jobs, Keys, connect
+from lenskit.server.database import Entry, connect, is_shared, only_server_of
 from lenskit.server.hub import Hub
+from lenskit.server.jobs import FINAL, Jobs
+from lenskit.server.keys import Keys
+from lenskit.server.lease import BEAT_SECONDS, put_back
 from lenskit.server.results import Results
 from lenskit.server.workers import Note, Workers
 from lenskit.transformer import HookedTransformer
 
 LOG = logging.getLogger("lenskit.server")
 NOBODY = "everybody"  # whose jobs are those of a server without keys
-HOUR = 3600.0
+HOUR, MINUTE = 3600.0, 60.0
 FORGOTTEN_HOURS = 24 * 7.0  # after which a job that has ended is not known any more
 
 
@@ -96,22 +98,45 @@ def _files(folder: Path, config: str) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
+class Crew(Protocol):
+    """The workers of all models, wherever they are; `Workers` are processes on this machine."""
+
+    def status(self, model: str) -> str: ...
+    def ready(self, model: str) -> int: ...
+    def restarts(self, model: str) -> int: ...
+    def memory(self, model: str) -> list[dict[str, Any]]: ...
+    def wake(self, model: str, job: str) -> None: ...
+    def cancel(self, model: str, job: str) -> None: ...
+    def look(self) -> None: ...
+    def stop(self) -> None: ...
+
+
 class Service:
     """All of it.
 
     told: takes what happens, for whoever counts: a model's name and the note.
+    crew: makes the workers.
+
+    Raises:
+        LenskitError: a database that cannot be used, or is another server's; a model that cannot be described.
     """
 
-    def __init__(self, config: Config, told: Callable[[str, Note], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        told: Callable[[str, Note], None] = lambda *_: None,
+        crew: Callable[[Config, Jobs, Callable[[Model, Note], None]], Crew] = Workers,
+    ) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
-        self.config, self._told = config, told
+        self._owned = only_server_of(config.database_url)
+        self.config, self._told, self._new_crew = config, told, crew
         self.served = {model.name: Served(model) for model in config.models}
         engine = connect(config.database_url)
         self.jobs = Jobs(engine)
         self.keys = Keys(engine if config.keys_url == config.database_url else connect(config.keys_url))
         self.results = Results(config.results_url)
         self.hub = Hub()
-        self.workers: Workers | None = None
+        self.crew: Crew | None = None
         self._closing = threading.Event()
 
     # -- its life
@@ -119,16 +144,23 @@ class Service:
     def start(self) -> None:
         """Put back what an earlier server had begun, and start the workers; within the loop that will serve."""
         self.hub.start()
-        self.jobs.requeue(None, self.config.attempts, error_to_wire(_died(self.config.attempts)))
-        self.results.tidy(self.jobs.with_results())
-        self.workers = Workers(self.config, self.jobs, self._heard)
+        put_back(self.jobs, self.config, silent=self.config.silent_seconds if self.shared else None)
+        self.results.tidy(self.jobs.with_results)
+        self.crew = self._new_crew(self.config, self.jobs, self._heard)
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
 
     def stop(self) -> None:
         """End the workers; what they do not finish in time is queued again at the next start."""
         self._closing.set()
-        if self.workers is not None:
-            self.workers.stop()
+        if self.crew is not None:
+            self.crew.stop()
+        if self._owned is not None:
+            self._owned.release()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers may use the same database."""
+        return is_shared(self.config.database_url)
 
     def _heard(self, model: Model, note: Note) -> None:
         self._told(model.name, note)
@@ -136,9 +168,14 @@ class Service:
             self.hub.publish(job, note)
 
     def _keep_house(self) -> None:
-        while not self._closing.wait(60):
+        expired = time.monotonic()
+        while not self._closing.wait(BEAT_SECONDS if self.shared else MINUTE):
             try:
-                self.expire()
+                if self.shared:
+                    put_back(self.jobs, self.config, silent=self.config.silent_seconds)
+                if time.monotonic() - expired >= MINUTE - 1:
+                    expired = time.monotonic()
+                    self.expire()
             except Exception as error:  # a full disk, a database that is away: next time
                 LOG.error("housekeeping failed: %s", error)
 
@@ -213,8 +250,8 @@ class Service:
             "expected_bytes": ready.cost.result_bytes,
         }
         row = self.jobs.accept(caller.key, caller.limits, columns)
-        if self.workers is not None:
-            self.workers.wake(served.model.name)
+        if self.crew is not None:
+            self.crew.wake(served.model.name, row.id)
         return row
 
     def job(self, caller: Caller, id: str) -> Entry:
@@ -240,8 +277,8 @@ class Service:
             raise _no_job(id)
         if before.status in FINAL:
             self.results.delete(id)
-        elif self.workers is not None:
-            self.workers.cancel(row.model, id)
+        elif self.crew is not None:
+            self.crew.cancel(row.model, id)
             self.hub.publish(id, {"event": "over", "job": id, "status": "cancelled"})
         return self.job(caller, id)
 
@@ -286,19 +323,18 @@ class Service:
         counts = self.jobs.counts()
         models = []
         for name, served in self.served.items():
-            replicas = self.workers.of(name) if self.workers else []
             models.append(
                 {
                     **served.summary(),
                     "status": self.status(name),
                     "queued": counts.get((name, "queued"), 0),
                     "running": counts.get((name, "running"), 0),
-                    "restarts": sum(replica.restarts for replica in replicas),
-                    "memory": [device for replica in replicas for device in replica.memory],
+                    "restarts": self.crew.restarts(name) if self.crew else 0,
+                    "memory": self.crew.memory(name) if self.crew else [],
                 }
             )
-        if self.workers is not None:
-            self.workers.ask_for_memory()
+        if self.crew is not None:
+            self.crew.look()
         running = [
             {
                 **{name: getattr(row, name) for name in ("model", "rows", "steps", "started")},
@@ -315,7 +351,7 @@ class Service:
 
     def status(self, model: str) -> str:
         """Of a model: "loading", "ready" or "failed"."""
-        return "loading" if self.workers is None else self.workers.status(model)
+        return "loading" if self.crew is None else self.crew.status(model)
 
 
 def _no_job(id: str) -> NoSuchJobError:
@@ -324,13 +360,4 @@ def _no_job(id: str) -> NoSuchJobError:
         got=repr(id)[:100],
         expected="the id of a job of this key",
         fix="look at GET /v1/jobs; jobs are forgotten a week after their end",
-    )
-
-
-def _died(attempts: int) -> RemoteError:
-    return RemoteError(
-        "the server died each time that the job ran",
-        got=f"{attempts} attempts",
-        expected="a job that a server survives",
-        fix="send fewer prompts, or save less: most often it is memory that is missing",
     )

@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,9 @@ from lenskit.interventions.forward import Result, forward
 from lenskit.remote.wire import error_to_wire, pack, result_to_wire, unpack
 from lenskit.server.admission import Ready, admit
 from lenskit.server.config import Config, Model
-from lenskit.server.database import Entry, Jobs, Report, connect
+from lenskit.server.database import Entry, connect, is_shared
+from lenskit.server.jobs import FINAL, Jobs, Report
+from lenskit.server.lease import Lease
 from lenskit.server.results import Results
 from lenskit.transformer import HookedTransformer
 
@@ -65,7 +67,7 @@ class Worker:
     jobs: Jobs
     results: Results
     config: Config
-    tell: Any
+    tell: Callable[[Mapping[str, Any]], None]
     cancelled: set[str] = field(default_factory=set)
     awake: threading.Event = field(default_factory=threading.Event)
     stopping: bool = False
@@ -224,16 +226,16 @@ class Worker:
         """As often as it takes: a job whose end nobody notes would never end."""
         while True:
             try:
-                mine = self.jobs.finish(reports, self.name)
+                ended = self.jobs.finish(reports, self.name)
                 break
             except SQLAlchemyError as error:
                 print(f"cannot note how {len(reports)} jobs ended: {error}"[:500], file=sys.stderr)
                 time.sleep(0.5)
-        for report, own in zip(reports, mine, strict=True):
-            if not own and report.error is None:
-                self.results.delete(report.job)  # cancelled meanwhile
-            status = "cancelled" if not own else "done" if report.error is None else "failed"
-            self.tell({"event": "over", "job": report.job, "status": status})
+        for report, status in zip(reports, ended, strict=True):
+            if status in (None, "cancelled") and report.error is None:
+                self.results.delete(report.job)
+            if status in FINAL:  # and not taken from here, and run elsewhere
+                self.tell({"event": "over", "job": report.job, "status": status})
 
     def _let_go(self) -> None:
         gc.collect()
@@ -291,6 +293,27 @@ def memory() -> list[dict[str, Any]]:
     return found
 
 
+def hired(name: str, model: Model, config: Config, tell: Callable[[Mapping[str, Any]], None]) -> Worker:
+    """A worker with its weights, which has said that it is alive where others need to know.
+
+    Raises:
+        LenskitError: the model cannot be loaded.
+    """
+    loaded = load(model)
+    jobs = Jobs(connect(config.database_url))
+    if is_shared(config.database_url):
+        Lease(name, model.name, jobs, config, memory)
+    return Worker(
+        name=name,
+        model_name=model.name,
+        model=loaded,
+        jobs=jobs,
+        results=Results(config.results_url),
+        config=config,
+        tell=tell,
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """The process: its name, the model, and the server's configuration, as JSON on the first line of its input."""
     [name] = arguments
@@ -306,19 +329,10 @@ def main(arguments: Sequence[str]) -> None:
             lines.write(json.dumps(data) + "\n")
 
     try:
-        loaded = load(model)
+        worker = hired(name, model, config, tell)
     except LenskitError as error:
         tell({"event": "failed", "error": error_to_wire(error)})
         raise SystemExit(3) from error
-    worker = Worker(
-        name=name,
-        model_name=model.name,
-        model=loaded,
-        jobs=Jobs(connect(config.database_url)),
-        results=Results(config.results_url),
-        config=config,
-        tell=tell,
-    )
     threading.Thread(target=_listen, args=(worker,), daemon=True).start()
     tell({"event": "ready", "memory": memory()})
     worker.run()

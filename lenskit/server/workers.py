@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lenskit.errors import RemoteError
-from lenskit.remote.wire import error_to_wire
 from lenskit.server.config import Config, Model
-from lenskit.server.database import Jobs
+from lenskit.server.jobs import Jobs
+from lenskit.server.lease import put_back
 
 LOG = logging.getLogger("lenskit.server")
 SECONDS_TO_END = 20.0
@@ -115,15 +114,9 @@ class Replica:
         self.told(note)
 
     def _put_back(self) -> None:
-        error = RemoteError(
-            "the job's worker died each time that it ran",
-            got=f"{self.config.attempts} attempts",
-            expected="a job that a worker survives",
-            fix="send fewer prompts, or save less: most often it is memory that is missing",
-        )
         while True:
             try:
-                found = self.jobs.requeue(self.name, self.config.attempts, error_to_wire(error))
+                found = put_back(self.jobs, self.config, worker=self.name)
                 break
             except Exception as problem:  # the database is away, or its disk full
                 LOG.error("cannot put back the jobs of %s: %s", self.name, problem)
@@ -153,7 +146,19 @@ class Workers:
         found = [replica.status for replica in self.of(model)]
         return next(status for status in ("ready", "loading", "failed", "stopped") if status in found)
 
-    def wake(self, model: str) -> None:
+    def ready(self, model: str) -> int:
+        """How many have their weights."""
+        return sum(replica.status == "ready" for replica in self.of(model))
+
+    def restarts(self, model: str) -> int:
+        """How often one died."""
+        return sum(replica.restarts for replica in self.of(model))
+
+    def memory(self, model: str) -> list[dict[str, Any]]:
+        """What their devices hold, as they last told."""
+        return [device for replica in self.of(model) for device in replica.memory]
+
+    def wake(self, model: str, job: str) -> None:
         """There is work for a model."""
         for replica in self.of(model):
             replica.send({"wake": True})
@@ -163,7 +168,7 @@ class Workers:
         for replica in self.of(model):
             replica.send({"cancel": job})
 
-    def ask_for_memory(self) -> None:
+    def look(self) -> None:
         """Have every worker tell what its devices hold."""
         for replica in self.replicas:
             replica.send({"memory": True})
