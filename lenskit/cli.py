@@ -219,6 +219,7 @@ def serve(
     folder: Folder = None,
     database: Database = None,
     no_keys: Annotated[bool, typer.Option("--no-keys", help="Let everybody on this machine in.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: several machines, autoscaling.")] = False,
 ) -> None:
     """Serve models over HTTP: interventions come as data, nobody's code is run."""
     load("lenskit.server.command", extra="server").serve(
@@ -229,6 +230,7 @@ def serve(
         folder=folder,
         database=database,
         use_keys=False if no_keys else None,
+        elsewhere=load("lenskit.server.on_ray", extra="ray").run if ray else None,
     )
 
 

@@ -40,6 +40,7 @@ checks = install_checks()
 
 import torch
 from parity_table import WRITTEN_OUT, Row, from_hf, perturb
+from postgres import Postgres
 from transformers.utils import logging
 
 import lenskit as lk
@@ -132,3 +133,11 @@ def new_import() -> Iterator[ModuleType]:
     """lenskit as it is in a process where nobody did anything with it yet."""
     with imported_again() as new:
         yield new
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    """Each worker process's own."""
+    server = Postgres(tmp_path_factory.mktemp("postgres"))
+    yield server
+    server.stop()

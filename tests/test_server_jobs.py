@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from postgres import Postgres
 
 from lenskit.errors import InputError, QuotaError
 from lenskit.server.config import Config, KeyLimits
@@ -20,13 +19,6 @@ from lenskit.server.results import Results
 
 ERROR = {"type": "RemoteError", "what": "died", "got": "x", "expected": "y", "fix": "z"}
 ROOM = {"rows": 64, "tokens": 2**15}
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    server = Postgres(tmp_path_factory.mktemp("postgres"))
-    yield server
-    server.stop()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -191,14 +183,16 @@ def test_a_lease_beats_and_puts_back(jobs: Jobs, monkeypatch: pytest.MonkeyPatch
     config = Config(models=[{"name": "m"}], silent_seconds=5)
     lease = Lease("alive", "m", jobs, config, lambda: [{"device": "cpu", "used": 1, "total": 2}])
     [first] = jobs.alive("m", 5)
-    send(jobs)
-    claim(jobs, "dead")
-    end = time.monotonic() + 20
-    while not claim(jobs, "alive"):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    assert jobs.alive("m", 5)[0].beat > first.beat
-    lease.stop()
+    try:
+        send(jobs)
+        claim(jobs, "dead")
+        end = time.monotonic() + 20
+        while not claim(jobs, "alive"):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert jobs.alive("m", 5)[0].beat > first.beat
+    finally:
+        lease.stop()
     assert put_back(jobs, config, silent=5) == []
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from lenskit.server.service import Service
 SECONDS_TO_CLOSE = 5
 
 
-def serve(models: Sequence[str], *, config: Path | None, **given: Any) -> None:
+def serve(
+    models: Sequence[str], *, config: Path | None, elsewhere: Callable[[Config], None] | None, **given: Any
+) -> None:
     """Serve until interrupted.
 
     Args:
         models: names, or NAME=SOURCE.
         config: a TOML file.
+        elsewhere: serves in another way than in processes of this machine.
         given: of `Config`, by name; None is nothing.
 
     Raises:
@@ -36,6 +39,16 @@ def serve(models: Sequence[str], *, config: Path | None, **given: Any) -> None:
     """
     settings = read_config(config, models=[_model(text) for text in models] or None, **given)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if elsewhere is not None:
+        elsewhere(settings)
+        return
+    if growing := [model.name for model in settings.models if model.max_replicas is not None]:
+        raise InputError(
+            "only on Ray the number of replicas changes",
+            got=f"max_replicas for {', '.join(growing)}",
+            expected="replicas alone",
+            fix="leave max_replicas out, or serve with --ray",
+        )
     metrics = Metrics()
     service = Service(settings, metrics.count)
     _greet(settings, service)

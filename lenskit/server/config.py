@@ -4,10 +4,10 @@ import os
 import tomllib
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pydantic
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from lenskit.errors import InputError
@@ -20,6 +20,7 @@ class Model(BaseModel, extra="forbid"):
 
     name: under which clients ask for it. source: an embedded name, a folder or a hub id; the name if left out.
     device, device_map, dtype, revision: as `from_pretrained`'s. replicas: worker processes.
+    On Ray alone, max_replicas: how many there may be while many jobs wait; gpus, cpus: that each replica takes.
     """
 
     name: str = Field(min_length=1)
@@ -29,6 +30,15 @@ class Model(BaseModel, extra="forbid"):
     dtype: str | None = None
     revision: str | None = None
     replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)
+    gpus: float = Field(0, ge=0)
+    cpus: float = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is less than replicas {self.replicas}")
+        return self
 
     @property
     def where(self) -> str:

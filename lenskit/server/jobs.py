@@ -106,6 +106,14 @@ class Jobs:
         with self._engine.begin() as connection:
             return connection.execute(sa.select(jobs).where(jobs.c.id == id, jobs.c.key == key)).first()
 
+    def ended(self, ids: Iterable[str]) -> dict[str, str]:
+        """Those of some jobs that are over, or not there any more, and how they ended."""
+        wanted = list(ids)
+        with self._engine.begin() as connection:
+            chosen = sa.select(jobs.c.id, jobs.c.status).where(jobs.c.id.in_(wanted))
+            found = {row.id: row.status for row in connection.execute(chosen)}
+        return {id: found.get(id, "cancelled") for id in wanted if found.get(id) not in UNFINISHED}
+
     def listed(self, key: str, limit: int) -> Sequence[Entry]:
         """A key's jobs, the newest first."""
         with self._engine.begin() as connection:
@@ -156,7 +164,7 @@ class Jobs:
         columns = [jobs.c[name] for name in ("seq", "key", "verb", "rows", "width", "steps", "alone", "attempts")]
         queue = sa.select(*columns).where(jobs.c.model == model, jobs.c.status == "queued").order_by(jobs.c.seq)
         served = connection.execute(sa.select(turns.c.key, turns.c.served).where(turns.c.model == model))
-        return fair(connection.execute(queue.limit(2000)).all(), {key: at for key, at in served})
+        return fair(connection.execute(queue.limit(2000)).all(), {row.key: row.served for row in served})
 
     def progress(self, ids: Iterable[str], worker: str, step: int) -> set[str]:
         """Note how far jobs are; gives those that are still the worker's."""
@@ -231,6 +239,10 @@ class Jobs:
         with self._engine.begin() as connection:
             recent = workers.c.beat >= now(connection) - silent
             return connection.execute(sa.select(workers).where(workers.c.model == model, recent)).all()
+
+    def memory(self, model: str, silent: float) -> list[dict[str, Any]]:
+        """What the devices of a model's workers hold."""
+        return [device for row in self.alive(model, silent) for device in json.loads(row.memory)]
 
     # -- housekeeping
 
