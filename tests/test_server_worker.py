@@ -1,0 +1,226 @@
+"""A worker in this process: what it does when there is not enough memory, or the disk under the database is full."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import torch
+from fastapi import FastAPI
+from sqlalchemy.exc import OperationalError
+from torch import Tensor
+
+import lenskit as lk
+from lenskit.errors import LenskitError, OutOfRoomError
+from lenskit.modules.linear import Embed
+from lenskit.remote import wire
+from lenskit.server.app import application
+from lenskit.server.config import Config, KeyLimits
+from lenskit.server.database import connect
+from lenskit.server.jobs import Jobs
+from lenskit.server.metrics import Metrics
+from lenskit.server.results import Results
+from lenskit.server.service import Caller, Service
+from lenskit.server.worker import Worker
+
+EIFFEL = "The Eiffel Tower is in the city of"
+ADA = Caller("ada", KeyLimits())
+
+
+class Greedy(Embed):
+    """An embedding of a model that has memory for a few rows only."""
+
+    most = 2
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if len(tokens) > self.most:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(tokens)} rows")
+        return super().forward(tokens)
+
+
+@pytest.fixture
+def greedy() -> lk.HookedTransformer:
+    model = lk.HookedTransformer.from_pretrained("demo-gpt2")
+    model.embed.__class__ = Greedy
+    return model
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(models=[{"name": "demo-gpt2"}], folder=tmp_path, use_keys=False)
+
+
+@pytest.fixture
+def service(config: Config) -> Iterator[Service]:
+    """One that takes jobs, without workers."""
+    found = Service(config)
+    yield found
+    found.stop()
+
+
+def worker_of(config: Config, model: lk.HookedTransformer, told: list[Any] | None = None) -> Worker:
+    tell = (lambda note: None) if told is None else told.append
+    jobs, results = Jobs(connect(config.database_url)), Results(config.results_url)
+    return Worker("w", "demo-gpt2", model, jobs, results, config, tell)
+
+
+def send(service: Service, model: lk.HookedTransformer, prompts: Any = EIFFEL, hooks: Any = (), **options: Any) -> str:
+    verb = {"verb": "generate", "options": options} if options else {"verb": "forward"}
+    plan = {"plan": lk.Plan(hooks).to_json()} if hooks else {}
+    job = {"model": "demo-gpt2", **verb, "tokens": model.batch(prompts).tokens.tolist(), **plan}
+    return str(service.accept(ADA, job, {}, None).id)
+
+
+def outcome(service: Service, model: lk.HookedTransformer, id: str) -> Any:
+    """A job's result, or its error."""
+    row = service.job(ADA, id)
+    assert row.status in ("done", "failed")
+    if row.status == "failed":
+        return wire.error_from_wire(json.loads(row.error))
+    data = b"".join(service.results.read(id, 0, row.result_bytes))
+    return wire.result_from_wire(*wire.unpack(data), model.to_string)
+
+
+# -- memory
+
+
+def test_a_batch_that_does_not_fit_is_run_one_by_one(
+    config: Config, service: Service, greedy: lk.HookedTransformer, demo_gpt2: lk.HookedTransformer
+) -> None:
+    """Each gets what it gets alone, those that draw random numbers too; the one that never fits fails alone."""
+    sampled = {"max_new_tokens": 8, "do_sample": True, "seed": 3}
+    greedily = {"max_new_tokens": 4, "eos_token_id": []}
+    save = [lk.Save("blocks.1.hook_resid_post", tokens=-1, name="x")]
+    ids = [send(service, demo_gpt2, **sampled), send(service, demo_gpt2, hooks=save, **greedily)]
+    too_many = send(service, demo_gpt2, [EIFFEL] * 3, **greedily)
+    ids += [send(service, demo_gpt2, "Paris is", **sampled)]
+    told: list[Any] = []
+    assert worker_of(config, greedy, told).once()
+    assert [note["event"] for note in told].count("begun") == 1, "one batch"
+    error = outcome(service, demo_gpt2, too_many)
+    assert isinstance(error, OutOfRoomError)
+    assert "3 rows" in str(error)
+    first, second, third = (outcome(service, demo_gpt2, id) for id in ids)
+    assert first.texts == demo_gpt2.generate(EIFFEL, **sampled).texts
+    assert third.texts == demo_gpt2.generate("Paris is", **sampled).texts
+    expected = demo_gpt2.generate(EIFFEL, hooks=save, **greedily)
+    assert second.texts == expected.texts
+    for one, other in zip(second.saved["x"], expected.saved["x"], strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_memory_that_runs_out_halfway_loses_nobody(
+    config: Config, service: Service, greedy: lk.HookedTransformer, demo_gpt2: lk.HookedTransformer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is over by then is not run again; what was drawn by then is drawn again."""
+    calls = 0
+
+    def forward(self: Embed, tokens: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise torch.OutOfMemoryError("at the fifth pass")
+        return Embed.forward(self, tokens)
+
+    monkeypatch.setattr(Greedy, "forward", forward)
+    options = [{"max_new_tokens": n, "do_sample": True, "seed": n, "eos_token_id": []} for n in (2, 9, 9)]
+    ids = [send(service, demo_gpt2, **given) for given in options]
+    assert worker_of(config, greedy).once()
+    for id, given in zip(ids, options, strict=True):
+        assert outcome(service, demo_gpt2, id).texts == demo_gpt2.generate(EIFFEL, **given).texts
+    assert calls == 5 + 9 + 9
+
+
+# -- a full disk under the database
+
+
+@contextlib.contextmanager
+def full(jobs: Jobs) -> Iterator[None]:
+    """SQLite refuses to grow the database: "database or disk is full"."""
+    with jobs._engine.begin() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    limits = []
+
+    def limit(connection: Any, *_: Any) -> None:
+        limits.append(connection)
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+    with jobs._engine.begin() as connection:  # the pool has it, and hands it to whoever comes next
+        limit(connection.connection.driver_connection)
+    yield
+    for raw in limits:
+        raw.execute("PRAGMA max_page_count=1073741823")
+
+
+def in_process(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://127.0.0.1"
+    )
+
+
+async def post(app: FastAPI, job: Any) -> httpx.Response:
+    async with in_process(app) as http:
+        return await http.post("/v1/jobs", json=job)
+
+
+def test_a_full_disk_refuses_jobs_and_takes_them_again(service: Service, demo_gpt2: lk.HookedTransformer) -> None:
+    job = {"model": "demo-gpt2", "verb": "forward", "tokens": [[1] * 200] * 200}  # a body of some size
+    app = application(service, Metrics())
+    statuses = []
+    with full(service.jobs):
+        for _ in range(5):
+            answer = asyncio.run(post(app, job))
+            statuses.append(answer.status_code)
+            if answer.status_code != 202:
+                assert answer.status_code == 507
+                assert isinstance(wire.error_from_wire(answer.json()["error"]), OutOfRoomError)
+                assert int(answer.headers["retry-after"]) > 0
+    assert 507 in statuses
+    accepted = statuses.count(202)
+    assert len(service.jobs.listed(ADA.key, 100)) + len(service.jobs.listed("everybody", 100)) == accepted
+    assert asyncio.run(post(app, job)).status_code == 202
+
+
+def test_what_runs_while_the_disk_is_full_ends_when_it_is_not(
+    config: Config, service: Service, demo_gpt2: lk.HookedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = send(service, demo_gpt2, max_new_tokens=3)
+    worker = worker_of(config, demo_gpt2)
+    finish, failures = worker.jobs.finish, []
+
+    def fails_twice(*args: Any) -> Any:
+        if len(failures) < 2:
+            failures.append(1)
+            with full(worker.jobs), worker.jobs._for_writing.begin() as connection:
+                connection.exec_driver_sql("CREATE TABLE more AS SELECT randomblob(100000) AS x")
+        return finish(*args)
+
+    monkeypatch.setattr(worker.jobs, "finish", fails_twice)
+    thread = threading.Thread(target=worker.once)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert len(failures) == 2
+    assert outcome(service, demo_gpt2, id).texts == demo_gpt2.generate(EIFFEL, max_new_tokens=3).texts
+
+
+def test_a_worker_outlives_a_database_that_is_away(
+    config: Config, service: Service, demo_gpt2: lk.HookedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_of(config, demo_gpt2)
+
+    def away(*_: Any, **__: Any) -> Any:
+        raise OperationalError("SELECT 1", {}, Exception("the server closed the connection"))
+
+    id = send(service, demo_gpt2, max_new_tokens=2)
+    monkeypatch.setattr(worker.jobs, "claim", away)
+    assert worker.once() is False
+    monkeypatch.undo()
+    assert worker.once()
+    assert not isinstance(outcome(service, demo_gpt2, id), LenskitError)
