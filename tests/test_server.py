@@ -478,7 +478,8 @@ def test_a_client_that_hangs_while_it_sends_is_let_go(tmp_path_factory: pytest.T
     async def hang() -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(
-            b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+            b"POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
         )
         await writer.drain()
         try:

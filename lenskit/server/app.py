@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -28,11 +29,12 @@ from lenskit.errors import (
 )
 from lenskit.remote.wire import JSON, SAFETENSORS, error_to_wire, unpack
 from lenskit.server import schema
+from lenskit.server.config import is_loopback
 from lenskit.server.database import Entry
 from lenskit.server.jobs import FINAL, MINUTE
 from lenskit.server.metrics import Metrics
 from lenskit.server.service import Caller, Service
-from lenskit.server.transfer import RefusedError, read_body, span
+from lenskit.server.transfer import RefusedError, Stream, read_body, span
 from lenskit.version import __version__
 
 LONGEST_WAIT = 60.0
@@ -130,8 +132,36 @@ async def caller_of(request: Request, authorization: Annotated[str | None, Heade
     scheme, _, key = (authorization or "").partition(" ")
     service: Service = request.app.state.service
     if not service.config.use_keys:  # the database need not be asked
+        check_local(request)
         return service.caller(None)
     return await run_in_threadpool(service.caller, key.strip() if scheme.lower() == "bearer" else None)
+
+
+def check_local(request: Request) -> None:
+    """See that what asks a server without keys is a program of this machine, and no page of some site in a browser:
+    which tells where the page is from, and asks by the name that the site has.
+
+    Raises:
+        RefusedError: 403.
+    """
+    for name in ("host", "origin"):
+        told = request.headers.get(name)
+        if told is not None and not is_loopback(_host_of(told)):
+            error = KeyRefusedError(
+                "a server without keys answers to programs of its own machine only",
+                got=f"{name.capitalize()}: {told}"[:200],
+                expected="an address of this machine, such as 127.0.0.1",
+                fix="ask http://127.0.0.1; for all others the server needs keys (leave --no-keys out)",
+            )
+            raise RefusedError(403, error)
+
+
+def _host_of(told: str) -> str:
+    """Of a Host or Origin header."""
+    try:
+        return urlsplit(told if "//" in told else f"//{told}").hostname or ""
+    except ValueError:
+        return ""
 
 
 Asking = Annotated[Caller, Depends(caller_of)]
@@ -175,7 +205,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         """What happens to a job, as server-sent events, until it is over."""
         await run_in_threadpool(service.job, caller, id)
         told = _events(service, caller, id)
-        return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return Stream(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/jobs/{id}/result", tags=["jobs"], response_class=StreamingResponse, responses=schema.RESULT)
     async def result(
@@ -278,7 +308,7 @@ def _file(service: Service, row: Entry, asked: str | None) -> Response:
     if asked is not None and (start, end) != (0, size):
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     status = 206 if "Content-Range" in headers else 200
-    return StreamingResponse(pieces, status, media_type=SAFETENSORS, headers=headers)
+    return Stream(pieces, status, media_type=SAFETENSORS, headers=headers)
 
 
 # -- models

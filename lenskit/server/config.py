@@ -120,10 +120,15 @@ class Config(BaseSettings):
     @property
     def on_loopback(self) -> bool:
         """Whether nobody but this machine can reach it."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's to itself."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def data_home() -> Path:

@@ -53,13 +53,13 @@ class Results:
             finally:
                 os.close(folder)
 
-    def read(self, job: str, start: int, end: int) -> Iterator[bytes]:
+    def read(self, job: str, start: int, end: int) -> "Pieces":
         """The bytes of a result from `start` up to `end`, in pieces.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        return _pieces(self._fs.open(self._path(job), "rb"), start, end)
+        return Pieces(self._fs.open(self._path(job), "rb"), start, end)
 
     def delete(self, job: str) -> None:
         """Remove a result, if there is one."""
@@ -86,9 +86,23 @@ class Results:
         return f"{self._root}/{job}{SUFFIX}"
 
 
-def _pieces(file: Any, start: int, end: int) -> Iterator[bytes]:
-    with file:
+class Pieces:
+    """An iterator over a part of an open file, which whoever has it closes."""
+
+    def __init__(self, file: Any, start: int, end: int) -> None:
+        self._file, self._left = file, end - start
         file.seek(start)
-        while start < end and (piece := file.read(min(CHUNK, end - start))):
-            start += len(piece)
-            yield piece
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        piece: bytes = self._file.read(min(CHUNK, self._left)) if self._left > 0 else b""
+        if not piece:
+            raise StopIteration
+        self._left -= len(piece)
+        return piece
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()

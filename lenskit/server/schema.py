@@ -203,6 +203,7 @@ def _error(description: str) -> dict[str, Any]:
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: _error("malformed"),
     401: _error("no key, or one that is not known"),
+    403: _error("a server without keys, asked from elsewhere"),
     404: _error("no such job of this key, no such model"),
     408: _error("an upload that stopped"),
     413: _error("a body, or a job, over the limit of one"),

@@ -1,8 +1,12 @@
-"""Bodies that may be large or slow, and parts of files."""
+"""Bodies that may be large or slow, both ways, and parts of files."""
 
 import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
 
 from fastapi import Request
+from fastapi.concurrency import iterate_in_threadpool
+from fastapi.responses import StreamingResponse
 
 from lenskit.errors import InputError, LenskitError, LimitError
 
@@ -13,6 +17,33 @@ class RefusedError(Exception):
     def __init__(self, status: int, error: LenskitError) -> None:
         super().__init__(status, error)
         self.status, self.error = status, error
+
+
+class Stream(StreamingResponse):
+    """A body that is made while it is sent, and let go of when that ends: when whoever asked is gone, too.
+
+    Args:
+        body: made in the loop that serves, or, if it is a plain iterator, in a thread.
+    """
+
+    def __init__(self, body: Any, status: int = 200, *, media_type: str, headers: Mapping[str, str]) -> None:
+        self._body = body
+        made = body if isinstance(body, AsyncIterator) else iterate_in_threadpool(body)
+        super().__init__(made, status, headers=headers, media_type=media_type)
+
+    async def __call__(
+        self,
+        scope: Any,
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[Any], Awaitable[None]],
+    ) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if isinstance(self._body, AsyncIterator):
+                await self._body.aclose()  # type: ignore[attr-defined]  # a generator's
+            else:
+                self._body.close()
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
