@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
@@ -38,12 +39,14 @@ def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
 install_checks = partial(jaxtyping.install_import_hook, "lenskit", f"{__name__}.check_shapes")
 checks = install_checks()
 
+import accelerate
 import torch
 from parity_table import WRITTEN_OUT, Row, from_hf, perturb
 from postgres import Postgres
 from transformers.utils import logging
 
 import lenskit as lk
+from lenskit.checkpoints import devices
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -98,6 +101,37 @@ def shared(model_type: str, tiny: Callable[..., lk.HookedTransformer]) -> lk.Hoo
 def fresh(model_type: str, tiny: Callable[..., lk.HookedTransformer]) -> lk.HookedTransformer:
     """A tiny model of each of the two in turn, of the test's own."""
     return tiny(model_type)
+
+
+class Accelerator:
+    """A device's name for lenskit, which the CPU plays for accelerate."""
+
+    def __str__(self) -> str:
+        return "accelerator"
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | str, dict[str, Any]], lk.HookedTransformer]:
+    """A model of a folder whose parts run where a map of "cpu" and "acc" says.
+
+    The CPU plays the accelerator "acc": accelerate takes `torch.device("cpu")` for a device to compute on, and "cpu",
+    the string, for the place from which offloaded weights come when their part runs.
+    """
+    dispatch_model = accelerate.dispatch_model
+
+    def played(model: Any, on: dict[str, Any], *, main_device: str, **options: Any) -> None:
+        assert main_device == "accelerator"
+        on = {part: torch.device("cpu") if device == "accelerator" else device for part, device in on.items()}
+        dispatch_model(model, on, main_device=torch.device("cpu"), **options)
+
+    def make(folder: Path | str, device_map: dict[str, Any]) -> lk.HookedTransformer:
+        model = lk.HookedTransformer.from_pretrained(folder)
+        names = {"cpu": torch.device("cpu"), "acc": Accelerator()}
+        devices.dispatch(model, {part: names[device] for part, device in device_map.items()})
+        return model
+
+    monkeypatch.setattr(accelerate, "dispatch_model", played)
+    return make
 
 
 def _take_lenskit() -> dict[str, ModuleType]:

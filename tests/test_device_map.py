@@ -1,8 +1,4 @@
-"""Device maps: what "auto" finds, what a map may say, and a model of which accelerate moves the parts.
-
-Without an accelerator, the CPU plays one: accelerate takes `torch.device("cpu")` for a device to compute on, and
-"cpu", the string, for the place from which offloaded weights come when their part runs.
-"""
+"""Device maps: what "auto" finds, what a map may say, and a model of which accelerate moves the parts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -158,33 +154,6 @@ def test_a_map_and_a_device_exclude_each_other(folder: Path) -> None:
 
 
 # -- parts that run elsewhere
-
-
-class Accelerator:
-    """A device's name for lenskit, which the CPU plays for accelerate."""
-
-    def __str__(self) -> str:
-        return "accelerator"
-
-
-@pytest.fixture
-def dispatched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Map], lk.HookedTransformer]:
-    """A model of a folder whose parts run where a map of "cpu" and "acc" says."""
-    dispatch_model = accelerate.dispatch_model
-
-    def played(model: Decoder, on: Map, *, main_device: str, **options: Any) -> None:
-        assert main_device == "accelerator"
-        on = {part: torch.device("cpu") if device == "accelerator" else device for part, device in on.items()}
-        dispatch_model(model, on, main_device=torch.device("cpu"), **options)
-
-    def make(folder: Path, device_map: Map) -> lk.HookedTransformer:
-        model = load(folder)
-        names = {"cpu": torch.device("cpu"), "acc": Accelerator()}
-        devices.dispatch(model, {part: names[device] for part, device in device_map.items()})
-        return model
-
-    monkeypatch.setattr(accelerate, "dispatch_model", played)
-    return make
 
 
 MAPS: dict[str, Map] = {

@@ -121,24 +121,6 @@ def test_a_generation_is_what_it_is_locally(http: httpx.Client, demo_gpt2: lk.Ho
     same(found.logits[0], expected.logits[0])
 
 
-def test_the_client_and_the_server_are_one_library(
-    server: ServerProcess, key: str, demo_gpt2: lk.HookedTransformer, demo_llama: lk.HookedTransformer
-) -> None:
-    with lk.connect(server.url, api_key=key) as connection:
-        for local, name in ((demo_gpt2, "demo-gpt2"), (demo_llama, "demo-llama")):
-            model = connection.model(name)
-            logits, cache = model.run_with_cache(EIFFEL)
-            expected, there = local.run_with_cache(EIFFEL)
-            same(logits, expected)
-            assert set(cache) == set(there)
-            for point in there:
-                same(cache[point], there[point])
-            with model.trace(EIFFEL, max_new_tokens=2) as run:
-                value = model.blocks[1].output.t[-1].save()
-            same(value.value, there["blocks.1.hook_resid_post"][:, -1])
-            assert run.texts == local.generate(EIFFEL, max_new_tokens=2).texts
-
-
 def test_what_takes_several_passes_or_gradients_runs_alone(http: httpx.Client, demo_gpt2: lk.HookedTransformer) -> None:
     act = lk.Act("blocks.2.hook_resid_post", prompts=0, tokens=-1)
     later = [

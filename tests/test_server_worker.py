@@ -1,10 +1,10 @@
-"""A worker in this process: what it does when there is not enough memory, or the disk under the database is full."""
+"""A worker in this process: too little memory, a model in parts, a full disk under the database."""
 
 import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from lenskit.errors import LenskitError, OutOfRoomError
 from lenskit.modules.linear import Embed
 from lenskit.remote import wire
 from lenskit.server.app import application
-from lenskit.server.config import Config, KeyLimits
+from lenskit.server.config import Config, KeyLimits, Model
 from lenskit.server.database import connect
 from lenskit.server.jobs import Jobs
 from lenskit.server.metrics import Metrics
 from lenskit.server.results import Results
 from lenskit.server.service import Caller, Service
-from lenskit.server.worker import Worker
+from lenskit.server.worker import Worker, load
 
 EIFFEL = "The Eiffel Tower is in the city of"
 ADA = Caller("ada", KeyLimits())
@@ -135,6 +135,52 @@ def test_memory_that_runs_out_halfway_loses_nobody(
     for id, given in zip(ids, options, strict=True):
         assert outcome(service, demo_gpt2, id).texts == demo_gpt2.generate(EIFFEL, **given).texts
     assert calls == 5 + 9 + 9
+
+
+# -- a model larger than its device
+
+
+def test_a_model_whose_parts_are_offloaded_serves_batches(
+    config: Config, service: Service, demo_gpt2: lk.HookedTransformer,
+    dispatched: Callable[[str, Any], lk.HookedTransformer],
+) -> None:  # fmt: skip
+    model = dispatched("demo-gpt2", {"": "acc", "blocks.1": "cpu", "unembed": "cpu"})
+    assert any(parameter.is_meta for parameter in model.parameters())
+    edits = [lk.Scale("blocks.1.attn.hook_z", 0.5, heads=3), lk.Save("blocks.1.attn.hook_result", tokens=-1, name="x")]
+    asked = [(EIFFEL, edits), ("Paris is", edits[1:]), ("Nyhavn lies in", ())]
+    ids = [send(service, demo_gpt2, text, hooks, max_new_tokens=5, eos_token_id=[]) for text, hooks in asked]
+    backward = [
+        lk.Read(lk.Act("blocks.1.hook_resid_post"), name="x"),
+        lk.Backward(lk.Act("blocks.3.hook_resid_post").sum()),
+        lk.Save(lk.Grad("x"), name="g"),
+    ]
+    alone = send(service, demo_gpt2, EIFFEL, backward)
+    worker = worker_of(config, model)
+    assert worker.once()
+    assert worker.once()
+    for id, (text, hooks) in zip(ids, asked, strict=True):
+        found, expected = (
+            outcome(service, demo_gpt2, id),
+            demo_gpt2.generate(text, hooks=hooks, max_new_tokens=5, eos_token_id=[]),
+        )
+        assert found.texts == expected.texts
+        for name in expected.saved:
+            for one, other in zip(found.saved[name], expected.saved[name], strict=True):
+                assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    found, expected = (
+        outcome(service, demo_gpt2, alone).saved["g"],
+        demo_gpt2.run_with_hooks(EIFFEL, backward).saved["g"],
+    )
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu", "blocks.1": "disk"}])
+def test_a_workers_device_map_is_that_of_from_pretrained(tmp_path: Path, device_map: Any) -> None:
+    given = Config(models=[{"name": "demo-gpt2", "device_map": device_map}], folder=tmp_path).models[0]
+    told = Model(**json.loads(given.model_dump_json()))  # as a worker process gets it
+    assert not any(parameter.is_meta for parameter in load(told).parameters())
+    with pytest.raises(LenskitError, match="no device for"):
+        load(Model(name="demo-gpt2", device_map={"embed": "cpu"}))
 
 
 # -- a full disk under the database

@@ -26,7 +26,7 @@ class Model(BaseModel, extra="forbid"):
     name: str = Field(min_length=1)
     source: str = ""
     device: str | None = None
-    device_map: str | None = None
+    device_map: str | dict[str, str] | None = None
     dtype: str | None = None
     revision: str | None = None
     replicas: int = Field(1, ge=1)
