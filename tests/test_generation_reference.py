@@ -113,7 +113,7 @@ def cases(draw: st.DrawFn, pair: Pair, prompts: list[list[int]]) -> Case:
     if steps is not None:
         selectors["steps"] = steps
     kind = draw(st.sampled_from(["Set", "Add", "Scale"]))
-    factor = draw(st.sampled_from([0.5, -1.0]))
+    factor = draw(st.sampled_from([0.5, -0.7]))  # none that may leave nothing of the stream but rounding
     value: Tensor | float | str = draw(st.sampled_from([0.0, 0.3, -1.5]))
     written: object = value
     names = pair.points

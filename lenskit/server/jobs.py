@@ -24,6 +24,7 @@ from lenskit.server.database import Entry, jobs, now, one_at_a_time, turns, work
 FINAL = ("done", "failed", "cancelled")
 UNFINISHED = ("queued", "running")
 MINUTE = 60.0
+LOOKED_AT = 2000  # jobs of a queue among which those of a batch are found
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,11 @@ class Jobs:
 
     def place(self, row: Entry) -> int:
         """How many jobs of its model come before it."""
+        queue = _queue(row.model).subquery()
+        own = sa.select(queue.c.nth, queue.c.served, queue.c.seq).where(queue.c.seq == row.seq).subquery()
+        first = sa.tuple_(queue.c.nth, queue.c.served, queue.c.seq) < sa.tuple_(own.c.nth, own.c.served, own.c.seq)
         with self._engine.begin() as connection:
-            order = self._queue(connection, row.model)
-        return next((place for place, other in enumerate(order) if other.seq == row.seq), 0)
+            return connection.execute(sa.select(sa.func.count()).select_from(queue, own).where(first)).scalar_one()
 
     def cancel(self, id: str, key: str) -> Entry | None:
         """Cancel a job that is not finished, and forget the result of one that is; None if there is none."""
@@ -142,7 +145,8 @@ class Jobs:
         """The next job of a model, and those behind it that fit into its batch."""
         with self._writing() as connection:
             one_at_a_time(connection, f"queue of {model}")
-            chosen = batch_of(self._queue(connection, model), rows=rows, tokens=tokens)
+            queue = _queue(model).order_by("nth", "served", "seq").limit(LOOKED_AT)
+            chosen = batch_of(connection.execute(queue).all(), rows=rows, tokens=tokens)
             if not chosen:
                 return []
             self._served(connection, model, {row.key for row in chosen})
@@ -158,13 +162,6 @@ class Jobs:
             own, values = sa.and_(turns.c.model == model, turns.c.key == key), {"served": now(connection)}
             if connection.execute(sa.update(turns).where(own).values(values)).rowcount == 0:
                 connection.execute(sa.insert(turns).values(model=model, key=key, **values))
-
-    def _queue(self, connection: Connection, model: str) -> list[Entry]:
-        """What waits for a model, in the order in which it is served."""
-        columns = [jobs.c[name] for name in ("seq", "key", "verb", "rows", "width", "steps", "alone", "attempts")]
-        queue = sa.select(*columns).where(jobs.c.model == model, jobs.c.status == "queued").order_by(jobs.c.seq)
-        served = connection.execute(sa.select(turns.c.key, turns.c.served).where(turns.c.model == model))
-        return fair(connection.execute(queue.limit(2000)).all(), {row.key: row.served for row in served})
 
     def progress(self, ids: Iterable[str], worker: str, step: int) -> set[str]:
         """Note how far jobs are; gives those that are still the worker's."""
@@ -285,18 +282,16 @@ class Jobs:
             return connection.execute(newest).all()
 
 
-def fair(queue: Sequence[Entry], served: Mapping[str, float]) -> list[Entry]:
-    """A queue in the order in which it is served: each key's first job, then each one's second, and so on.
-
-    Args:
-        served: when each key was last served; who was not for longest comes first.
+def _queue(model: str) -> sa.Select[Any]:
+    """What waits for a model. It is served by `nth`, `served`, `seq`: each key's first job, then each one's second, and
+    so on; of those the key's that was not served for longest.
     """
-    nth: dict[str, int] = {}
-    turns: list[tuple[int, float, int, Entry]] = []
-    for row in queue:
-        nth[row.key] = nth.get(row.key, -1) + 1
-        turns.append((nth[row.key], served.get(row.key, 0.0), row.seq, row))
-    return [row for *_, row in sorted(turns, key=lambda turn: turn[:3])]
+    columns = [jobs.c[name] for name in ("seq", "key", "verb", "rows", "width", "steps", "alone", "attempts")]
+    nth = sa.func.row_number().over(partition_by=jobs.c.key, order_by=jobs.c.seq)
+    served = sa.func.coalesce(turns.c.served, 0.0)
+    turn = sa.and_(turns.c.model == jobs.c.model, turns.c.key == jobs.c.key)
+    queue = sa.select(*columns, nth.label("nth"), served.label("served")).select_from(jobs.outerjoin(turns, turn))
+    return queue.where(jobs.c.model == model, jobs.c.status == "queued")
 
 
 def batch_of(queue: Sequence[Entry], *, rows: int, tokens: int) -> list[Entry]:
