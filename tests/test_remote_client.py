@@ -834,6 +834,19 @@ def answers(flow: Any, *given: Answer | BaseException) -> list[Any]:
 OK = Answer(200, {}, b"{}")
 BUSY = Answer(503, {"retry-after": "4"}, b"{}")
 DROPPED = Answer(broken=ConnectionError("gone"))
+DEAD = Answer(500, {"content-type": "text/plain"}, b"Internal Server Error")
+
+
+def test_what_stands_before_a_server_that_died_is_asked_again() -> None:
+    send = Send("GET", "/")
+    *_, found = answers(Asking("http://x").json(send), DEAD, DEAD, OK)
+    assert found == {}
+    *_, found = answers(Asking("http://x").download(send), DEAD, OK)
+    assert found == OK
+    told = {"type": "RemoteError", "what": "a defect", "got": "a", "expected": "b", "fix": "c"}
+    own = Answer(500, {"content-type": "application/json"}, json.dumps({"error": told}).encode())
+    *_, error = answers(Asking("http://x").json(send), own, OK)
+    assert error.what == "a defect"
 
 
 def test_a_server_that_says_when_is_taken_at_its_word() -> None:
@@ -984,7 +997,7 @@ def test_an_interrupt_takes_back_what_may_have_arrived() -> None:
     assert "was cancelled" in asked[-1].__notes__[0]
 
 
-@pytest.mark.parametrize("second", [DROPPED, Answer(500, {}, b"")])
+@pytest.mark.parametrize("second", [DROPPED, Answer(400, {}, b"")])
 def test_an_interrupt_says_what_it_does_not_know(second: Answer) -> None:
     order = Order(b"{}", "application/json", "the key", bytes)
     *_, error = answers(Talk("http://x").run(order, watching.UNWATCHED), KeyboardInterrupt(), second)

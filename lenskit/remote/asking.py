@@ -22,7 +22,7 @@ from lenskit.remote.wire import error_from_wire
 
 T = TypeVar("T")
 
-AGAIN = (502, 503, 504)  # a proxy without its server, and a server that is shutting down
+AWAY = (502, 503, 504)  # a proxy without its server, and a server that is shutting down
 FIRST_PATIENCE, PATIENCE = 10.0, 120.0  # seconds without an answer: before there ever was one, and after
 LONGEST_PAUSE = 15.0
 READING = 30.0  # seconds for each part of an answer
@@ -64,6 +64,14 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = NOTHING
     body: bytes = b""
     broken: Exception | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether it does not come from the server, or not all of it. A 500 in plain words is said by what stands
+        before a server that has just died; the server's own are JSON.
+        """
+        plain = self.status == 500 and "json" not in self.headers.get("content-type", "")
+        return self.broken is not None or self.status in AWAY or plain
 
     def json(self) -> Any:
         """What the body says.
@@ -111,7 +119,7 @@ class Asking:
         retries = self._retries(watch)
         while True:
             answer = yield send
-            if answer.broken is None and answer.status not in AGAIN:
+            if not answer.away:
                 self._answered = True
                 return answer
             yield Pause(retries.pause(answer))
@@ -128,7 +136,7 @@ class Asking:
                 got, tag = b"", answer.headers.get("etag", "")
             elif answer.status in (206, 416):
                 got = b""  # what was there is of something else
-            if answer.broken is None and answer.status not in (*AGAIN, 206, 416):
+            if not answer.away and answer.status not in (206, 416):
                 self._answered = True
                 if answer.status >= 300:
                     raise self.error(answer)
