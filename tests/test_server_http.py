@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 from server_process import ServerProcess
 
-from lenskit.errors import KeyRefusedError
+from lenskit.errors import KeyRefusedError, RemoteError
 from lenskit.remote import wire
 from lenskit.server.app import application
 from lenskit.server.config import Config
@@ -37,6 +37,18 @@ def ask(app: FastAPI, method: str, path: str, **given: Any) -> httpx.Response:
             return await http.request(method, path, **given)
 
     return asyncio.run(asked())
+
+
+def test_a_defect_is_an_error_without_its_details(keyless: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(keyless.jobs, "listed", broken)
+    answer = ask(application(keyless, Metrics()), "GET", "/v1/jobs")
+    assert answer.status_code == 500
+    error = wire.error_from_wire(answer.json()["error"])
+    assert isinstance(error, RemoteError)
+    assert "a secret" not in answer.text
 
 
 # -- a server without keys is for programs of its machine

@@ -25,6 +25,7 @@ from lenskit.errors import (
     OutOfRoomError,
     PlanFormatError,
     QuotaError,
+    RemoteError,
     ResultGoneError,
 )
 from lenskit.remote.wire import JSON, SAFETENSORS, error_to_wire, unpack
@@ -112,6 +113,16 @@ def _add_errors(app: FastAPI) -> None:
             fix="try again later; whoever runs the server has to see to it",
         )
         return error_response(bad, 507 if full else 503, {"Retry-After": "5"})
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> JSONResponse:  # which uvicorn logs, with its traceback
+        bad = RemoteError(
+            "the server failed at this request",
+            got=type(error).__name__,
+            expected="an answer",
+            fix="tell whoever runs the server: its log says where",
+        )
+        return error_response(bad, 500)
 
 
 def error_response(
