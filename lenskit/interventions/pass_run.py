@@ -146,7 +146,7 @@ class PassRun:
             for point, some in actions.items()
         ]
         self._rebuild = any("key_pos" in point.axes for point in actions)
-        of_others = any(point.attachments is not None for point in self.program.logit_points)
+        of_others = not nothing_attached() and any(point.attachments for point in self.program.logit_points)
         self.n_logits = None if of_others else columns
 
     def _own_pass(self, function: HookFunction) -> HookFunction:

@@ -10,11 +10,13 @@ A job is plain data:
              eos_token_id, stop_strings, seed, num_return_sequences
     logits   whether the result is to have them
 
-A result is a file whose header says which tensors are what.
+A result is a file whose header says which tensors are what. Steps of one shape are one tensor [step ...]: many small
+tensors take longer to write and to read than to compute.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -147,7 +149,8 @@ def _saved_to_wire(saved: Saved, keep: Any) -> dict[str, Any]:
         elif isinstance(value, Saved):
             written[key] = {"points": _saved_to_wire(value, keep)}
         elif isinstance(value, list):
-            written[key] = {"steps": [keep(tensor) for tensor in value]}
+            alike = [list(run) for _, run in groupby(value, key=lambda step: (step.shape, step.dtype))]
+            written[key] = {"steps": [keep(torch.stack(run)) for run in alike]}
         else:
             written[key] = {"tensor": keep(value)}
     return written
@@ -160,8 +163,10 @@ def _saved_from_wire(written: Mapping[str, Any], get: Any, n_layers: int) -> Sav
             values[key] = NeverRan(value["never_ran"], value["steps_run"])
         elif "points" in value:
             values[key] = _saved_from_wire(value["points"], get, n_layers)
+        elif "steps" in value:  # each as a tensor of its own, which may be kept without the others
+            values[key] = [step.clone() for number in value["steps"] for step in get(number).unbind()]
         else:
-            values[key] = get(value["steps"] if "steps" in value else value["tensor"])
+            values[key] = get(value["tensor"])
     return Saved(values, n_layers=n_layers)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from importlib.resources import files
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -34,12 +34,12 @@ from lenskit.server.config import is_loopback
 from lenskit.server.database import Entry
 from lenskit.server.jobs import FINAL, MINUTE
 from lenskit.server.metrics import Metrics
-from lenskit.server.service import Caller, Service
+from lenskit.server.results import CHUNK
+from lenskit.server.service import LOOK_SECONDS, Caller, Service
 from lenskit.server.transfer import RefusedError, Stream, read_body, span
 from lenskit.version import __version__
 
 LONGEST_WAIT = 60.0
-LOOK_SECONDS = 0.5  # after which who waits looks into the database, though nobody told him to
 KEEP_ALIVE_SECONDS = 15.0
 
 # The status of an error, the first that fits.
@@ -191,8 +191,7 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         """Send a job. Once this answers 202, the job will be finished or reported as failed."""
         body = await read_body(request, service.config.job.body_bytes, service.config.upload_seconds)
         kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
-        row = await run_in_threadpool(_accept, service, caller, kind, body, idempotency_key)
-        return schema.Job(**await run_in_threadpool(service.as_json, row))
+        return schema.Job(**await run_in_threadpool(_accept, service, caller, kind, body, idempotency_key))
 
     @app.get("/v1/jobs", tags=["jobs"], responses=schema.ERRORS)
     def jobs(caller: Asking, limit: Annotated[int, Query(ge=1, le=1000)] = 50) -> schema.JobList:
@@ -226,19 +225,17 @@ def _add_jobs(app: FastAPI, service: Service) -> None:
         range: Annotated[str | None, Header(max_length=100)] = None,
     ) -> Response:
         """The result, as a safetensors file; 202 and the job while it is not finished."""
-        row = await _waited(service, caller, id, wait)
-        if row.status not in FINAL:
-            return JSONResponse(await run_in_threadpool(service.as_json, row), 202)
-        try:
-            service.check_result(row)
-        except ResultGoneError:
-            raise
-        except LenskitError as error:
-            return error_response(error, 409)
-        return _file(service, row, range)
+        end = asyncio.get_running_loop().time() + wait
+        with service.hub.listening(id) as notes:
+            while True:
+                left = end - asyncio.get_running_loop().time()
+                answer = await run_in_threadpool(_result, service, caller, id, range, wait=left > 0)
+                if answer is not None:
+                    return answer
+                await _over_or(notes, min(left, service.look_seconds))
 
 
-def _accept(service: Service, caller: Caller, kind: str, body: bytes, idempotency: str | None) -> Entry:
+def _accept(service: Service, caller: Caller, kind: str, body: bytes, idempotency: str | None) -> dict[str, Any]:
     if kind == SAFETENSORS:
         data, tensors = unpack(body)
     else:
@@ -252,19 +249,21 @@ def _accept(service: Service, caller: Caller, kind: str, body: bytes, idempotenc
                 expected=f"{JSON}, or {SAFETENSORS}",
                 fix="see /docs",
             ) from error
-    return service.accept(caller, data, tensors, idempotency)
+    return service.as_json(service.accept(caller, data, tensors, idempotency))
 
 
-async def _waited(service: Service, caller: Caller, id: str, seconds: float) -> Entry:
-    """A job, once it is over or the time is."""
-    end = asyncio.get_running_loop().time() + seconds
-    with service.hub.listening(id) as notes:
-        while True:
-            row = await run_in_threadpool(service.job, caller, id)
-            left = end - asyncio.get_running_loop().time()
-            if row.status in FINAL or left <= 0:
-                return row
-            await _over_or(notes, min(left, LOOK_SECONDS))
+def _result(service: Service, caller: Caller, id: str, range: str | None, *, wait: bool) -> Response | None:
+    """A job's result; None if whoever asks waits for it."""
+    row = service.job(caller, id)
+    if row.status not in FINAL:
+        return None if wait else JSONResponse(service.as_json(row), 202)
+    try:
+        service.check_result(row)
+    except ResultGoneError:
+        raise
+    except LenskitError as error:
+        return error_response(error, 409)
+    return _file(service, row, range)
 
 
 async def _over_or(notes: "asyncio.Queue[dict[str, Any]]", seconds: float) -> None:
@@ -319,7 +318,10 @@ def _file(service: Service, row: Entry, asked: str | None) -> Response:
     if asked is not None and (start, end) != (0, size):
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     status = 206 if "Content-Range" in headers else 200
-    return Stream(pieces, status, media_type=SAFETENSORS, headers=headers)
+    if end - start > CHUNK:
+        return Stream(pieces, status, media_type=SAFETENSORS, headers=headers)
+    with closing(pieces):
+        return Response(next(pieces, b""), status, media_type=SAFETENSORS, headers=headers)
 
 
 # -- models

@@ -11,6 +11,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from lenskit.errors import InputError
 
+POOL = 20  # connections that are kept open
+
 Entry = Any  # a row of a table; its columns are its attributes
 
 _tables = sa.MetaData()
@@ -43,6 +45,8 @@ jobs = sa.Table(
     sa.UniqueConstraint("key", "idempotency"),
     sa.Index("by_model", "model", "status", "seq"),
     sa.Index("by_key", "key", "status"),
+    sa.Index("by_key_and_time", "key", "created", "tokens"),
+    sa.Index("by_key_and_size", "key", "result_bytes"),
 )
 keys = sa.Table(
     "keys",
@@ -115,11 +119,11 @@ def connect(url: str) -> Engine:
         )
     try:
         if not is_shared(url):
-            engine = sa.create_engine(url)
+            engine = sa.create_engine(url, pool_size=POOL)
             event.listen(engine, "connect", _set_up_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
         else:
-            engine = sa.create_engine(url, pool_pre_ping=True, pool_size=20)
+            engine = sa.create_engine(url, pool_pre_ping=True, pool_size=POOL)
     except ModuleNotFoundError as error:
         raise InputError(
             "Postgres needs a driver", got=str(error), expected="psycopg", fix="pip install 'lenskit-interp[ray]'"
@@ -151,5 +155,6 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """One that will write has to say so at once: of two that read first, one could not."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
+    """One that will write has to say so at once: of two that read first, one could not. What reads is one statement."""
+    if connection.get_execution_options().get("writes"):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

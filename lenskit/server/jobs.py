@@ -95,12 +95,16 @@ class Jobs:
 
     def _used(self, connection: Connection, key: str) -> dict[str, int]:
         own = jobs.c.key == key
-        recent = sa.case((jobs.c.created > time.time() - MINUTE, jobs.c.tokens), else_=0)
-        queued = sa.case((jobs.c.status == "queued", 1), else_=0)
-        held = sa.case((jobs.c.status.in_(UNFINISHED), jobs.c.expected_bytes), else_=jobs.c.result_bytes)
-        columns = [sa.func.coalesce(sa.func.sum(column), 0) for column in (queued, recent, held)]
-        found = connection.execute(sa.select(*columns).where(own)).one()
-        return dict(zip(("queued_jobs", "tokens_per_minute", "result_bytes"), map(int, found), strict=True))
+        unfinished = sa.and_(own, jobs.c.status.in_(UNFINISHED))
+        sums = {  # each of what an index finds, not of all that the key ever sent
+            "queued_jobs": sa.select(sa.func.count()).where(own, jobs.c.status == "queued"),
+            "tokens_per_minute": _sum(jobs.c.tokens).where(own, jobs.c.created > time.time() - MINUTE),
+            "expected_bytes": _sum(jobs.c.expected_bytes).where(unfinished),
+            "result_bytes": _sum(jobs.c.result_bytes).where(own, jobs.c.result_bytes >= 0),
+        }
+        found = connection.execute(sa.select(*(each.scalar_subquery() for each in sums.values()))).one()
+        used = dict(zip(sums, map(int, found), strict=True))
+        return {**used, "result_bytes": used["result_bytes"] + used.pop("expected_bytes")}
 
     def get(self, id: str, key: str) -> Entry | None:
         """A job of a key."""
@@ -162,6 +166,12 @@ class Jobs:
             own, values = sa.and_(turns.c.model == model, turns.c.key == key), {"served": now(connection)}
             if connection.execute(sa.update(turns).where(own).values(values)).rowcount == 0:
                 connection.execute(sa.insert(turns).values(model=model, key=key, **values))
+
+    def waiting(self, model: str) -> int:
+        """How many jobs of a model wait."""
+        with self._engine.begin() as connection:
+            queued = sa.select(sa.func.count()).where(jobs.c.model == model, jobs.c.status == "queued")
+            return connection.execute(queued).scalar_one()
 
     def progress(self, ids: Iterable[str], worker: str, step: int) -> set[str]:
         """Note how far jobs are; gives those that are still the worker's."""
@@ -280,6 +290,10 @@ class Jobs:
         newest = sa.select(*columns).where(jobs.c.status == "failed").order_by(jobs.c.finished.desc()).limit(limit)
         with self._engine.begin() as connection:
             return connection.execute(newest).all()
+
+
+def _sum(column: Any) -> sa.Select[Any]:
+    return sa.select(sa.func.coalesce(sa.func.sum(column), 0))
 
 
 def _queue(model: str) -> sa.Select[Any]:

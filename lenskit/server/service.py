@@ -39,6 +39,7 @@ from lenskit.transformer import HookedTransformer
 LOG = logging.getLogger("lenskit.server")
 NOBODY = "everybody"  # whose jobs are those of a server without keys
 HOUR, MINUTE = 3600.0, 60.0
+LOOK_SECONDS = 0.5  # after which who waits looks into the database, though nobody told him to
 FORGOTTEN_HOURS = 24 * 7.0  # after which a job that has ended is not known any more
 
 
@@ -161,6 +162,13 @@ class Service:
     def shared(self) -> bool:
         """Whether other servers may use the same database."""
         return is_shared(self.config.database_url)
+
+    @property
+    def look_seconds(self) -> float:
+        """After which who waits for a job's end looks into the database, though nobody told him to: other servers
+        do not tell.
+        """
+        return LOOK_SECONDS if self.shared else 4 * LOOK_SECONDS
 
     def _heard(self, model: Model, note: Note) -> None:
         self._told(model.name, note)

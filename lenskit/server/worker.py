@@ -40,6 +40,7 @@ NOTED_SECONDS = 1.0  # between two notes in the database of how far jobs are
 TOLD_SECONDS = 0.05  # between two lines about it
 SECONDS_A_JOB = 0.002  # that are given to clients to send their next one, after a batch of many
 LONGEST_GATHERING = 0.15
+SECONDS_A_LOOK = 0.01
 
 
 @dataclass(eq=False)
@@ -83,13 +84,19 @@ class Worker:
         """Work until `stopping`."""
         while not self.stopping:
             self.awake.clear()
-            if not self.once():
+            if not self._next_batch():
                 self.awake.wait(IDLE_SECONDS)
+        self._ended.join()
 
     def once(self) -> bool:
-        """Run the next batch, if there is one."""
-        self._gather()
+        """Run the next batch to the end, if there is one."""
+        found = self._next_batch()
+        self._ended.join()
+        return found
+
+    def _next_batch(self) -> bool:
         try:
+            self._gather()
             rows = self.jobs.claim(
                 self.model_name, self.name, rows=self.config.batch_rows, tokens=self.config.batch_tokens
             )
@@ -101,15 +108,16 @@ class Worker:
             return False
         self.tell({"event": "begun", "jobs": [row.id for row in rows], "rows": sum(row.rows for row in rows)})
         tasks = [task for row in rows if (task := self._prepared(row)) is not None]
-        self._run_all(tasks)
         self._ended.join()  # so that no more results wait to be written than one batch has
+        self._run_all(tasks)
         self.cancelled.clear()
         return True
 
     def _gather(self) -> None:
-        """Where many jobs ran together, many come at once when they are answered: wait until most of them are there."""
-        if self._newest > 1:
-            time.sleep(min(LONGEST_GATHERING, self._newest * SECONDS_A_JOB))
+        """Where many jobs ran together, many come at once when they are answered: wait until as many are there."""
+        end = time.monotonic() + min(LONGEST_GATHERING, self._newest * SECONDS_A_JOB)
+        while self._newest > 1 and time.monotonic() < end and self.jobs.waiting(self.model_name) < self._newest:
+            time.sleep(SECONDS_A_LOOK)
 
     def _prepared(self, row: Entry) -> Task | None:
         try:
