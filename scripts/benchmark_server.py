@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ from lenskit.remote import wire
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from server_process import ServerProcess
 
-CLIENTS, JOBS, TOKENS = 50, 20, 64
-KINDS = 40  # of jobs: as many as differ
+CLIENTS = 50
 PROMPTS = [
     "The Eiffel Tower is in the city of",
     "Paris is the capital of",
@@ -41,10 +41,15 @@ PROMPTS = [
 
 
 class Jobs:
-    """Jobs that differ in prompt, layer and edit, and what comes of each here."""
+    """Jobs that differ in prompt, layer and edit, and what comes of each here.
 
-    def __init__(self) -> None:
-        self.model = lk.HookedTransformer.from_pretrained("demo-gpt2")
+    source: the model. each: how many a client sends, one after another. tokens: that each generates.
+    kinds: how many differ.
+    """
+
+    def __init__(self, source: str = "demo-gpt2", *, each: int = 20, tokens: int = 64, kinds: int = 40) -> None:
+        self.source, self.each, self.tokens, self.kinds = source, each, tokens, kinds
+        self.model = lk.HookedTransformer.from_pretrained(source)
         self._expected: dict[int, Any] = {}
 
     def hooks(self, kind: int) -> list[Any]:
@@ -56,16 +61,16 @@ class Jobs:
 
     def job(self, kind: int) -> dict[str, Any]:
         tokens = self.model.batch(PROMPTS[kind % len(PROMPTS)]).tokens.tolist()
-        options = {"max_new_tokens": TOKENS, "eos_token_id": []}
+        options = {"max_new_tokens": self.tokens, "eos_token_id": []}
         plan = lk.Plan(self.hooks(kind)).to_json()
-        return {"model": "demo-gpt2", "verb": "generate", "tokens": tokens, "plan": plan, "options": options}
+        return {"model": self.source, "verb": "generate", "tokens": tokens, "plan": plan, "options": options}
 
     def check(self, kind: int, found: Any) -> None:
         """See that a result is the one that the job has here."""
         if kind not in self._expected:
             prompt = PROMPTS[kind % len(PROMPTS)]
             self._expected[kind] = self.model.generate(
-                prompt, hooks=self.hooks(kind), max_new_tokens=TOKENS, eos_token_id=[]
+                prompt, hooks=self.hooks(kind), max_new_tokens=self.tokens, eos_token_id=[]
             )
         expected = self._expected[kind]
         assert [row.tolist() for row in found.tokens] == [row.tolist() for row in expected.tokens], "mixed up"
@@ -108,7 +113,7 @@ async def clients(url: str, jobs: Jobs, n_clients: int, n_jobs: int, *, patient:
     limits = httpx.Limits(max_connections=n_clients)
 
     async def client(number: int, http: httpx.AsyncClient) -> list[float]:
-        return [await one_job(http, jobs, (number * n_jobs + k) % KINDS, patient=patient) for k in range(n_jobs)]
+        return [await one_job(http, jobs, (number * n_jobs + k) % jobs.kinds, patient=patient) for k in range(n_jobs)]
 
     async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http:
         found = await asyncio.gather(*(client(number, http) for number in range(n_clients)))
@@ -116,11 +121,11 @@ async def clients(url: str, jobs: Jobs, n_clients: int, n_jobs: int, *, patient:
 
 
 def load(folder: Path, jobs: Jobs, *, batch_rows: int) -> dict[str, float]:
-    server = ServerProcess(folder, keys=False, batch_rows=batch_rows).start()
+    server = ServerProcess(folder, jobs.source, keys=False, batch_rows=batch_rows).start()
     try:
-        asyncio.run(clients(server.url, jobs, 4, KINDS // 4))  # warm, and what is expected is known
+        asyncio.run(clients(server.url, jobs, jobs.kinds, 1))  # warm, and what is expected is known
         began = time.perf_counter()
-        seconds = sorted(asyncio.run(clients(server.url, jobs, CLIENTS, JOBS)))
+        seconds = sorted(asyncio.run(clients(server.url, jobs, CLIENTS, jobs.each)))
         took = time.perf_counter() - began
     finally:
         server.stop()
@@ -130,6 +135,15 @@ def load(folder: Path, jobs: Jobs, *, batch_rows: int) -> dict[str, float]:
         "p50 ms": 1e3 * statistics.median(seconds),
         "p99 ms": 1e3 * seconds[int(0.99 * len(seconds))],
     }
+
+
+def small_gpt2(folder: Path) -> str:
+    """A checkpoint of GPT-2-small's size, its weights random, with the demo model's tokenizer."""
+    demo = lk.HookedTransformer.from_pretrained("demo-gpt2")
+    sizes = {"n_layers": 12, "n_heads": 12, "n_key_value_heads": 12, "d_model": 768, "d_head": 64, "d_mlp": 3072}
+    cfg = replace(demo.cfg, **sizes, d_vocab=50257, n_ctx=1024)
+    lk.HookedTransformer(cfg, tokenizer=demo.tokenizer, seed=0).save_pretrained(folder)
+    return str(folder)
 
 
 def overhead(folder: Path) -> dict[str, float]:
@@ -212,8 +226,10 @@ def main() -> None:
         if arguments.faults:
             found: dict[str, Any] = {"killed": faults(Path(place) / "kill", jobs), "full disk": full_disk(jobs)}
         else:
+            large = Jobs(small_gpt2(Path(place) / "gpt2"), each=2, tokens=16, kinds=10)
             found = {
-                f"batches of up to {rows}": load(Path(place) / f"rows-{rows}", jobs, batch_rows=rows)
+                f"{name}, batches of up to {rows}": load(Path(place) / f"{name} {rows}", some, batch_rows=rows)
+                for name, some in (("demo-gpt2", jobs), ("GPT-2 small's size", large))
                 for rows in (64, 1)
             }
             found["a small plan, ms"] = overhead(Path(place) / "overhead")
