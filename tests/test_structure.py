@@ -252,6 +252,17 @@ def test_nobody_sniffs(module: str) -> None:
     assert not [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "hasattr"]
 
 
+def test_no_package_is_pinned_twice() -> None:
+    """Of two files that pip is given together."""
+    pins = [
+        line.partition("==")[0].lower()
+        for name in ("constraints.txt", "constraints-bench.txt")
+        for line in (ROOT.parent / name).read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert sorted(set(pins)) == sorted(pins)
+
+
 def test_types_are_shipped() -> None:
     assert (ROOT / "py.typed").exists()
 
