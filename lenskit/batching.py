@@ -4,11 +4,13 @@ Runs that know nothing of each other (those of a server's users) share the forwa
 other, padded on the left to the longest. At a hook point each run's actions get its own rows, without the others'
 padding, so a plan that was compiled for its run alone is carried out as it is, and what it saves has the shapes that it
 has alone. Each run chooses its own tokens. A run that fails, stops or is dropped leaves the others as they are.
+Generations may come later (`join`): they process their prompts first, and then go on as rows of the batch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from threading import get_ident
 from typing import NamedTuple
 
@@ -84,6 +86,22 @@ class Member:
         """Columns of its prompts."""
         return self.work.batch.tokens.shape[1]
 
+    @property
+    def index(self) -> int:
+        """Of its next step."""
+        return len(self.steps)
+
+    @property
+    def n_left(self) -> int:
+        """Steps that it may yet take."""
+        return self.work.program.n_steps - self.index
+
+    @cached_property
+    def points(self) -> set[HookPoint]:
+        """What its plan is about."""
+        ops = self.work.program.ops
+        return {place[1] for op in ops for place in (*op.places, *(source.place for source in op.sources))}
+
     def drop(self) -> None:
         """Leave the batch: nothing comes of the run."""
         self.over = True
@@ -129,7 +147,7 @@ class SharedRun:
     def __init__(self, model: Decoder, works: Sequence[Work]) -> None:
         self.model = model
         self.members = [Member(work, model.cfg.n_layers) for work in works]
-        self.index = 0  # of the next step
+        self.index = 0  # of the next step of the batch
         self.generating = isinstance(works[0], Generator)
         self._width = max(member.width for member in self.members)
         self._cache = KVCache(self._width + max(work.program.n_steps for work in works) - 1)
@@ -141,6 +159,36 @@ class SharedRun:
         """Whether nothing is left to do."""
         return all(member.over for member in self.members)
 
+    @property
+    def n_rows(self) -> int:
+        """Of what goes on."""
+        return sum(member.n_rows for member in self._going())
+
+    @property
+    def n_columns(self) -> int:
+        """Of keys, once the longest is over."""
+        return _n_columns(self._going())
+
+    @property
+    def open(self) -> bool:
+        """Whether others may join: all generate, and none computes an activation that is there only when asked for, as
+        some of these exclude each other.
+        """
+        return self.generating and not any(point.on_demand for member in self._going() for point in member.points)
+
+    @torch.inference_mode()
+    def join(self, others: "SharedRun") -> None:
+        """Take in the generations of another batch, which is of no use afterwards. Members that are over are forgotten.
+
+        Args:
+            others: of the same model. Both are open, have taken a step, and are not over.
+        """
+        parts = [(run._cache, run._rows_that_go_on()) for run in (self, others)]
+        going = [*self._going(), *others._going()]
+        self._cache = KVCache.joined(parts, _n_columns(going))
+        self.members = self._in_batch = going
+        self._number()
+
     @torch.inference_mode()  # no Python function will see an activation, so tensors without autograd do no harm
     def step(self) -> None:
         """One forward pass of all that go on. Whatever is wrong with one of them is its `error`.
@@ -150,7 +198,7 @@ class SharedRun:
         """
         if self.index:
             self._close_up()
-        going = [member for member in self._in_batch if not member.over]
+        going = self._going()
         attached = self._attachments(going)
         tokens, mask, _ = self._inputs()
         depths = [member.run.n_logits for member in going]
@@ -177,15 +225,16 @@ class SharedRun:
 
     def _close_up(self) -> None:
         """Let the rows of those that are over go, once they are half of the batch."""
-        going = [member for member in self._in_batch if not member.over]
-        n_rows = sum(member.n_rows for member in going)
-        if 2 * n_rows > sum(member.n_rows for member in self._in_batch):
-            return
-        rows = [row for member in going for row in range(member.rows.start, member.rows.stop)]
-        steps = max(member.work.program.n_steps for member in going) - self.index
-        self._cache = self._cache.branch(rows, self._cache.length + steps)
-        self._in_batch = going
-        self._number()
+        if 2 * self.n_rows <= sum(member.n_rows for member in self._in_batch):
+            self._cache = KVCache.joined([(self._cache, self._rows_that_go_on())], self.n_columns)
+            self._in_batch = self._going()
+            self._number()
+
+    def _going(self) -> list[Member]:
+        return [member for member in self._in_batch if not member.over]
+
+    def _rows_that_go_on(self) -> list[int]:
+        return [row for member in self._going() for row in range(member.rows.start, member.rows.stop)]
 
     def _inputs(self) -> Batch:
         """What the next pass processes, of all rows that are in the batch."""
@@ -210,7 +259,7 @@ class SharedRun:
         begun: dict[HookPoint, list[_Entry]] = {}
         for member in going:
             with member.guarded():
-                for point, attachment in member.run.begin(self.index):
+                for point, attachment in member.run.begin(member.index):
                     begun.setdefault(point, []).append(_Entry(member, attachment.function, attachment.kind == "plan"))
         thread = get_ident()
         attached = []
@@ -254,7 +303,7 @@ class SharedRun:
             return x
         part = x[member.rows]
         for axis, keys in axes:
-            width = member.width + self.index if keys else member.width if self.index == 0 else 1
+            width = member.width + member.index if keys else member.width if self.index == 0 else 1
             if width < part.shape[axis]:
                 part = part.narrow(axis, part.shape[axis] - width, width)
         return part
@@ -266,6 +315,10 @@ class _Entry(NamedTuple):
     member: Member
     function: HookFunction
     edits: bool
+
+
+def _n_columns(members: Sequence[Member]) -> int:
+    return max(member.width + member.index for member in members) + max(member.n_left for member in members)
 
 
 def _next_of(member: Member) -> Tensor:

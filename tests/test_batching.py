@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lenskit as lk
 from lenskit import batching
-from lenskit.batching import Forward, SharedRun, Work, can_share
+from lenskit.batching import Forward, Member, SharedRun, Work, can_share
 from lenskit.errors import HookConflictError, LenskitError, NotSavedError
 from lenskit.generation import left_padded
 from lenskit.interventions.forward import geometry_of
@@ -91,11 +91,15 @@ def same(one: Any, other: Any) -> None:
 
 
 @st.composite
-def hooks(draw: st.DrawFn, model: lk.HookedTransformer, n_prompts: int, generating: bool) -> list[Any]:
+def hooks(
+    draw: st.DrawFn, model: lk.HookedTransformer, n_prompts: int, generating: bool, on_demand: bool = True
+) -> list[Any]:
     """Ops of all kinds; some cannot be carried out."""
     found: list[Any] = []
+    points = [p for p in model.hook_points.values() if not (p.whole_numbers or p.statistic)]
+    points = points if on_demand else [p for p in points if not p.on_demand]
     for _ in range(draw(st.integers(0, 4))):
-        point = draw(st.sampled_from([p for p in model.hook_points.values() if not (p.whole_numbers or p.statistic)]))
+        point = draw(st.sampled_from(points))
         selectors: dict[str, Any] = {"tokens": draw(st.sampled_from([None, -1, slice(-2, None), slice(1, None), 0]))}
         selectors["prompts"] = draw(st.sampled_from([None, 0, [n_prompts - 1, 0], slice(0, 1)]))
         selectors["steps"] = draw(st.sampled_from([None, 0, 1, slice(1, 3), [0, 2]])) if generating else None
@@ -150,6 +154,53 @@ def test_runs_together_are_each_as_alone(model: lk.HookedTransformer, verb: str,
         else:
             assert member.error is None
             same(member.output, expected)
+
+
+@st.composite
+def generations(draw: st.DrawFn, model: lk.HookedTransformer) -> tuple[Work, Any] | None:
+    """One that may share a batch at any time, and what it gives alone; None for what cannot be carried out."""
+    prompts = draw(st.lists(st.lists(st.integers(0, 58), min_size=1, max_size=9), min_size=1, max_size=3))
+    ops = draw(hooks(model, len(prompts), True, on_demand=False))
+    options: dict[str, Any] = {
+        "max_new_tokens": draw(st.integers(1, 12)),
+        "eos_token_id": draw(st.sampled_from([[], [], list(range(20))])),
+        "return_logits": True,
+    }
+    try:
+        expected = alone(model, "generate", prompts, ops, **options)
+    except LenskitError:
+        return None
+    work = work_of(model, "generate", prompts, ops, **options)
+    return (work, expected) if can_share(work) else None
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck), phases=PHASES)
+@given(data=st.data())
+def test_runs_that_come_later_are_each_as_alone(model: lk.HookedTransformer, data: st.DataObject) -> None:
+    """Whatever the lengths, and however far the others are."""
+    batch: SharedRun | None = None
+    members: list[tuple[Member, Any]] = []  # and what each is alone
+    for _ in range(data.draw(st.integers(2, 4))):
+        found = [one for _ in range(data.draw(st.integers(1, 2))) if (one := data.draw(generations(model))) is not None]
+        if not found:
+            continue
+        run = SharedRun(model, [work for work, _ in found])
+        members += zip(run.members, [expected for _, expected in found], strict=True)
+        run.step()
+        if batch is None or batch.over:
+            batch = run
+        elif not run.over:
+            assert batch.open
+            assert run.open
+            batch.join(run)
+        for _ in range(data.draw(st.integers(0, 5))):
+            if not batch.over:
+                batch.step()
+    while batch is not None and not batch.over:
+        batch.step()
+    for member, expected in members:
+        assert member.error is None
+        same(member.output, expected)
 
 
 # -- each for itself

@@ -199,6 +199,7 @@ def test_edits_of_keys_and_values_stay_for_those_who_come_later(shared: lk.Hooke
 
 Pair = tuple[PreTrainedModel, lk.HookedTransformer]
 WINDOW = 5
+SCORES = ["hook_attn_scores", "hook_pattern"]
 
 
 @pytest.fixture(scope="module", params=[1, 2, WINDOW, 16])
@@ -261,15 +262,60 @@ def test_a_window_in_pieces_of_any_sizes(mistral: Pair, data: st.DataObject) -> 
         assert error(logits[row, pad:], alone) < CLOSE
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @torch.no_grad()
-def test_the_keys_of_a_window(tiny: Make) -> None:
-    """Past keys are those within the window of the first of the pass's queries, in order."""
-    model = windowed(tiny("llama"), WINDOW)
-    shapes: list[tuple[int, ...]] = []
-    look = ("blocks.1.attn.hook_pattern", lambda act, hook: shapes.append(tuple(act.shape)))
-    with model.hooks([look]):
+def test_scores_and_pattern_of_a_window_are_of_all_keys(tiny: Make, name: str) -> None:
+    """As without a cache, although the cache has let go of those before the window."""
+    model = windowed(tiny(name), WINDOW)
+    seen: dict[str, list[Tensor]] = {}
+    look = [
+        (f"blocks.1.attn.{point}", lambda act, hook: seen.setdefault(hook.name, []).append(act)) for point in SCORES
+    ]
+    with model.hooks(look):
         in_pieces(model, TOKENS, [3, 2, 4, 13])
-    assert [shape[-2:] for shape in shapes[:5]] == [(3, 3), (2, 5), (4, 8), (13, 17), (1, WINDOW)]
+    _, whole = model.run_with_cache(TOKENS, [f"blocks.1.attn.{point}" for point in SCORES])
+    for point, parts in seen.items():
+        n = 0
+        for part in parts:
+            n += part.shape[2]
+            expected = whole[point][:, :, n - part.shape[2] : n, :n]
+            assert part.shape == expected.shape
+            assert torch.equal(part.isfinite(), expected.isfinite())
+            assert error(part[part.isfinite()], expected[expected.isfinite()]) < CLOSE
+
+
+@torch.no_grad()
+def test_attention_to_keys_that_are_gone_is_refused(tiny: Make) -> None:
+    model = windowed(tiny("llama"), WINDOW)
+    pattern, options = "blocks.1.attn.hook_pattern", {"max_new_tokens": WINDOW + 3, "eos_token_id": []}
+    for op in (lk.Set(pattern, 0.1, steps=slice(1, None)), lk.Set("blocks.1.attn.hook_attn_scores", 0.0)):
+        with pytest.raises(HookError, match=rf"hook_pattern was made to attend(.|\n)*dims=slice\(-{WINDOW}, None\)"):
+            model.generate([[1, 2, 3]], hooks=[op], **options)
+    scaled = model.generate([[1, 2, 3]], hooks=[lk.Scale(pattern, 0.5)], **options)
+    last = lk.Scale(pattern, 0.5, dims=slice(-WINDOW, None))
+    assert torch.equal(scaled.tokens[0], model.generate([[1, 2, 3]], hooks=[last], **options).tokens[0])
+
+
+@torch.no_grad()
+def test_keys_of_a_window_are_counted_by_row(tiny: Make) -> None:
+    model = windowed(tiny("llama"), WINDOW)
+    prompts, options = [[1, 2, 3], [4, 5, 6, 7, 8, 9]], {"max_new_tokens": WINDOW + 3, "eos_token_id": []}
+
+    def saved(given: list[list[int]], **rows: object) -> list[list[Tensor]]:
+        selections: list[dict[str, object]] = [{}, {"dims": 0}, {"dims": slice(1, 3), **rows}]
+        point = "blocks.1.attn.hook_pattern"
+        saves = [lk.Save(point, tokens=-1, name=str(n), **some) for n, some in enumerate(selections)]
+        found = model.generate(given, hooks=saves, **options).saved
+        return [found[str(n)] for n in range(3)]
+
+    together = saved(prompts, prompts=[1, 0])
+    for row, prompt in enumerate(prompts):
+        for step, (whole, first, some) in enumerate(zip(*saved([prompt]), strict=True)):
+            n_keys = len(prompt) + step
+            assert whole.shape == (1, model.cfg.n_heads, n_keys)
+            assert torch.allclose(together[0][step][row, :, -n_keys:], whole[0], atol=CLOSE)
+            assert torch.allclose(together[1][step][row], first[0], atol=CLOSE)
+            assert torch.allclose(together[2][step][1 - row], some[0], atol=CLOSE)
 
 
 @pytest.mark.parametrize("capacity", [0, 7, 1000])
@@ -417,6 +463,35 @@ def test_one_row_becomes_many_in_one_copy(shared: lk.HookedTransformer) -> None:
     more = ids(16, 3)
     logits = in_pieces(shared, more, [], None, branch)
     assert error(logits, shared.decode(torch.cat((TOKENS[:1].expand(16, -1), more), 1))[:, -3:]) < CLOSE
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("prompts", [(3, 14), (14, 3), (5, 5)])
+@torch.no_grad()
+def test_rows_of_several_caches_go_on_under_each_other(
+    tiny: Make, model_type: str, window: int | None, prompts: tuple[int, int]
+) -> None:
+    model = windowed(tiny(model_type), window)
+    tokens = [ids(3, length, seed=length) for length in prompts]
+    masks = [left_padded([0, 2, 1], length) for length in prompts]
+    caches = [KVCache(), KVCache(40)]
+    for some, mask, cache in zip(tokens, masks, caches, strict=True):
+        model.decode(some, mask, cache=cache)
+    rows = [[2, 0], [1]]
+    joined = KVCache.joined(list(zip(caches, rows, strict=True)), 20)
+    longest = max(int(mask[some].sum(1).max()) for mask, some in zip(masks, rows, strict=True))
+    assert (joined.length, joined.n_rows) == (longest, 3)
+    if window is None:
+        for layer in joined._layers.values():
+            layer.k[:, :, joined.length :], layer.v[:, :, joined.length :] = (
+                torch.nan,
+                torch.nan,
+            )  # what is not there yet
+    more = ids(3, 9, seed=1)
+    logits = in_pieces(model, more, [1, 5], None, joined)
+    for at, (part, row) in enumerate([(0, 2), (0, 0), (1, 1)]):
+        assert error(logits[at, -1], _alone(model, tokens[part], masks[part], more, row, at)) < CLOSE
+    assert caches[0].length == prompts[0]
 
 
 def test_a_branch_of_nothing_is_empty() -> None:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from lenskit.errors import InputError, QuotaError
 from lenskit.server.config import Config, KeyLimits
 from lenskit.server.database import connect, only_server_of, workers
-from lenskit.server.jobs import Jobs, Report
+from lenskit.server.jobs import Beside, Jobs, Report
 from lenskit.server.lease import Lease, put_back
 from lenskit.server.results import Results
 
@@ -136,6 +136,24 @@ def test_what_was_begun_before_runs_alone(jobs: Jobs) -> None:
     assert [claim(jobs, "v") for _ in range(3)] == [[id] for id in sent]
 
 
+def test_what_comes_while_a_batch_runs(jobs: Jobs) -> None:
+    """Generations join it as far as there is room, passes are a batch of their own; what can do neither is next."""
+    beside = Beside(rows=6, columns=20)
+    first, second, third = send(jobs, 3)
+    passes = send(jobs, 2, verb="forward")
+    assert claim(jobs, "w", rows=8, beside=beside) == [first, second]
+    assert claim(jobs, "w", rows=9, tokens=100, beside=beside) == [], "7 rows of 20 columns are too many tokens"
+    assert claim(jobs, "w", rows=7, beside=beside) == [third]
+    assert claim(jobs, "w", rows=6, beside=beside) == passes, "they need no room in it"
+    [large], behind = send(jobs, rows=20), send(jobs, 2)
+    assert claim(jobs, "w", rows=8, beside=beside) == []
+    assert claim(jobs, "w", rows=8) == [large]
+    [alone] = send(jobs, alone=True, key="bob")
+    assert claim(jobs, "w", rows=8, beside=beside) == [], "bob's turn"
+    assert claim(jobs, "w", rows=8) == [alone]
+    assert claim(jobs, "w", rows=8, beside=beside) == behind
+
+
 # -- whose worker is gone
 
 
@@ -151,7 +169,7 @@ def test_jobs_of_the_silent_are_put_back_and_their_reports_ignored(jobs: Jobs) -
     assert jobs.requeue(3, ERROR, silent=10) == [(id, "queued")]
     assert claim(jobs, "fast") == [id]
     assert jobs.finish([Report(id, result_bytes=1)], "slow") == ["running"]
-    assert jobs.progress([id], "slow", 2) == set()
+    assert jobs.progress({id: 2}, "slow") == set()
     assert jobs.finish([Report(id, result_bytes=5)], "fast") == ["done"]
     assert jobs.finish([Report(id, error=ERROR)], "slow") == ["done"]
     row = jobs.get(id, "ada")

@@ -1,4 +1,4 @@
-"""A worker in this process: too little memory, a model in parts, a full disk under the database."""
+"""A worker in this process: jobs that come while it runs others, too little memory, a model in parts, a full disk."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2 as httpx
 import pytest
@@ -16,9 +16,11 @@ from sqlalchemy.exc import OperationalError
 from torch import Tensor
 
 import lenskit as lk
-from lenskit.errors import LenskitError, OutOfRoomError
+from lenskit.errors import GenerationError, LenskitError, OutOfRoomError
+from lenskit.modules.kv_cache import KVCache
 from lenskit.modules.linear import Embed
 from lenskit.remote import wire
+from lenskit.server import worker
 from lenskit.server.app import application
 from lenskit.server.config import Config, KeyLimits, Model
 from lenskit.server.database import connect
@@ -26,7 +28,8 @@ from lenskit.server.jobs import Jobs
 from lenskit.server.metrics import Metrics
 from lenskit.server.results import Results
 from lenskit.server.service import Caller, Service
-from lenskit.server.worker import Worker, load
+from lenskit.server.worker import Worker
+from lenskit.server.worker_process import load
 
 EIFFEL = "The Eiffel Tower is in the city of"
 ADA = Caller("ada", KeyLimits())
@@ -72,7 +75,9 @@ def worker_of(config: Config, model: lk.HookedTransformer, told: list[Any] | Non
 def send(service: Service, model: lk.HookedTransformer, prompts: Any = EIFFEL, hooks: Any = (), **options: Any) -> str:
     verb = {"verb": "generate", "options": options} if options else {"verb": "forward"}
     plan = {"plan": lk.Plan(hooks).to_json()} if hooks else {}
-    job = {"model": "demo-gpt2", **verb, "tokens": model.batch(prompts).tokens.tolist(), **plan}
+    batch = model.batch(prompts)
+    mask = {} if batch.mask is None else {"mask": batch.mask.int().tolist()}
+    job = {"model": "demo-gpt2", **verb, "tokens": batch.tokens.tolist(), **mask, **plan}
     return str(service.accept(ADA, job, {}, None).id)
 
 
@@ -135,6 +140,144 @@ def test_memory_that_runs_out_halfway_loses_nobody(
     for id, given in zip(ids, options, strict=True):
         assert outcome(service, demo_gpt2, id).texts == demo_gpt2.generate(EIFFEL, **given).texts
     assert calls == 5 + 9 + 9
+
+
+# -- what comes while a batch runs
+
+
+class Watched(Embed):
+    """An embedding that tells of each pass, before it."""
+
+    told: Callable[[int], None]
+    passes = 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        type(self).passes += 1
+        self.told(self.passes)
+        return super().forward(tokens)
+
+
+class Running:
+    """A worker with a long generation; at some passes of the model, something happens."""
+
+    LONG: ClassVar[dict[str, Any]] = {"max_new_tokens": 40, "eos_token_id": []}
+
+    def __init__(self, config: Config, service: Service, plain: lk.HookedTransformer) -> None:
+        self.service, self.plain, self.config = service, plain, config
+        model = lk.HookedTransformer.from_pretrained("demo-gpt2")
+        model.embed.__class__ = type("Watched", (Watched,), {"told": lambda _, n: self.at.get(n, lambda: None)()})
+        self.at: dict[int, Callable[[], Any]] = {}
+        self.events: list[dict[str, Any]] = []
+        self.worker = worker_of(config, model, self.events)
+        self.long = send(service, plain, EIFFEL, [SAVE], **self.LONG)
+
+    def send(self, *args: Any, **options: Any) -> str:
+        id = send(self.service, self.plain, *args, **options)
+        self.worker.awake.set()
+        return id
+
+    def over(self) -> list[str]:
+        """Jobs in the order in which they ended."""
+        return [event["job"] for event in self.events if event["event"] == "over"]
+
+    def check(self, id: str, prompt: Any = EIFFEL, hooks: Any = (), **options: Any) -> None:
+        """See that a generation's result is what it is alone."""
+        found, expected = outcome(self.service, self.plain, id), self.plain.generate(prompt, hooks=hooks, **options)
+        assert found.texts == expected.texts
+        for name in expected.saved:
+            for one, other in zip(found.saved[name], expected.saved[name], strict=True):
+                assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+SAVE = lk.Save("blocks.1.hook_resid_post", tokens=-1, name="x")
+SHORT: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": []}
+
+
+@pytest.fixture
+def running(
+    config: Config, service: Service, demo_gpt2: lk.HookedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    for share in ("NEWCOMERS", "COPYING"):
+        monkeypatch.setattr(worker, share, 1e9)  # at every step, however long it takes
+    return Running(config, service, demo_gpt2)
+
+
+def test_generations_join_and_passes_run_in_between(running: Running) -> None:
+    edit = lk.Scale("blocks.2.attn.hook_z", 0.5, heads=1)
+    drawn = {"max_new_tokens": 6, "do_sample": True, "seed": 5}
+    ids: list[str] = []
+    running.at[5] = lambda: ids.extend([running.send("Paris is", [edit, SAVE], **SHORT), running.send(**drawn)])
+    running.at[9] = lambda: ids.append(running.send(["Nyhavn lies in the very old city of", "Rome"], [SAVE]))
+    running.at[20] = lambda: ids.append(running.send(["Nyhavn lies in", "The Beehive is in the city of"], **SHORT))
+    assert running.worker.once()
+    short, sampled, forward, late = ids
+    assert running.over() == [short, forward, sampled, late, running.long] or set(running.over()[:4]) == set(ids)
+    assert running.over()[-1] == running.long
+    begun = [(event["rows"], event["joined"]) for event in running.events if event["event"] == "begun"]
+    assert begun[0] == (1, False)
+    assert begun.count((2, False)) == 1, "the passes"
+    assert sum(joined for _, joined in begun) >= 2
+    running.check(running.long, EIFFEL, [SAVE], **running.LONG)
+    running.check(short, "Paris is", [edit, SAVE], **SHORT)
+    running.check(sampled, **drawn)
+    running.check(late, ["Nyhavn lies in", "The Beehive is in the city of"], **SHORT)
+    saved = running.plain.run_with_hooks(["Nyhavn lies in the very old city of", "Rome"], [SAVE]).saved["x"]
+    found = outcome(running.service, running.plain, forward).saved["x"]
+    assert (found - saved).abs().max() <= 1e-5 * saved.abs().max()
+
+
+def test_what_cannot_join_is_next(running: Running) -> None:
+    """It is not overtaken by those who come after it, and the long one is not begun again."""
+    on_demand = [lk.Save("blocks.1.attn.hook_result", tokens=-1, name="x")]
+    ids: list[str] = []
+    running.at[5] = lambda: ids.append(running.send("Paris is", on_demand, **SHORT))
+    running.at[8] = lambda: ids.append(running.send("Rome", **SHORT))
+    assert running.worker.once()
+    running.worker.once()
+    assert running.over() == [running.long, *ids]
+    running.check(running.long, EIFFEL, [SAVE], **running.LONG)
+    running.check(ids[0], "Paris is", on_demand, **SHORT)
+    running.check(ids[1], "Rome", **SHORT)
+
+
+def test_without_memory_for_more_they_come_later(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(KVCache, "joined", none_left)
+    ids: list[str] = []
+    drawn = {"max_new_tokens": 6, "do_sample": True, "seed": 5}
+    running.at[5] = lambda: ids.append(running.send(**drawn))
+    assert running.worker.once()
+    assert running.over() == [running.long, *ids]
+    running.check(running.long, EIFFEL, [SAVE], **running.LONG)
+    running.check(ids[0], **drawn)
+
+
+def test_one_that_joined_is_cancelled_or_fails_alone(running: Running) -> None:
+    ids: list[str] = []
+    broken = [lk.Set("hook_logits", float("nan"), tokens=-1, steps=2)]
+    drawn = {"max_new_tokens": 30, "do_sample": True, "seed": 5}
+    running.at[5] = lambda: ids.extend([running.send(**running.LONG), running.send(EIFFEL, broken, **drawn)])
+    running.at[12] = lambda: (running.service.cancel(ADA, ids[0]), running.worker.cancelled.add(ids[0]))
+    assert running.worker.once()
+    running.check(running.long, EIFFEL, [SAVE], **running.LONG)
+    assert running.service.job(ADA, ids[0]).status == "cancelled"
+    assert isinstance(outcome(running.service, running.plain, ids[1]), GenerationError)
+    assert running.worker.cancelled == set()
+
+
+def test_a_worker_that_is_to_stop_lets_nobody_in(running: Running) -> None:
+    ids: list[str] = []
+
+    def stop() -> None:
+        running.worker.stopping = True
+        ids.append(running.send(**SHORT))
+
+    running.at[5] = stop
+    running.worker.run()
+    running.check(running.long, EIFFEL, [SAVE], **running.LONG)
+    assert running.service.job(ADA, ids[0]).status == "queued"
 
 
 # -- a model larger than its device

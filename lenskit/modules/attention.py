@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lenskit.errors import HookError
 from lenskit.hooks import HookPoint, Watch
 from lenskit.modules.forward_pass import ForwardPass
 from lenskit.modules.linear import Linear, SoftCap, bias_view
@@ -104,6 +105,35 @@ class SelfAttention(Module):
         """A group's heads as so many more queries of its key-value head, which so is never repeated."""
         return x if self.group == 1 else x.reshape(x.shape[0], x.shape[1] // self.group, -1, x.shape[3])
 
+    def _of_all_keys(
+        self, scores: Float[Tensor, "batch head query_pos _"], hidden: Tensor | None, run: ForwardPass
+    ) -> Float[Tensor, "batch head query_pos key_pos"]:
+        """Masked scores, also of keys that a window's cache has let go: hooks see what they see without a cache."""
+        scores = scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
+        gone = run.n_keys - scores.shape[3]
+        return F.pad(scores, (gone, 0), value=float("-inf")) if gone else scores
+
+    def _mixed(
+        self, pattern: Float[Tensor, "batch head query_pos key_pos"], v: Float[Tensor, "batch kv_head _ d_value"]
+    ) -> Float[Tensor, "batch head query_pos d_value"]:
+        """Values, summed as the pattern says.
+
+        Raises:
+            HookError: a hook has made it attend to a key that a window's cache has let go.
+        """
+        n_keys, gone = pattern.shape[3], pattern.shape[3] - v.shape[2]
+        if gone:
+            edited = not (self.hook_attn_scores.only_read and self.hook_pattern.only_read)
+            if edited and bool(pattern[..., :gone].any()):
+                raise HookError(
+                    f"{self.hook_pattern.name} was made to attend to keys that are not there any more",
+                    got=f"attention to some of the first {gone} of {n_keys} keys",
+                    expected=f"attention to the last {self.window} keys: the window lets go of the others",
+                    fix=f"edit dims=slice(-{self.window}, None) of scores and pattern from step 1 on",
+                )
+            pattern = pattern[..., gone:]
+        return (self._by_group(pattern) @ v).view(*pattern.shape[:3], -1)
+
     def project(self, z: Float[Tensor, "batch pos head d_value"]) -> Float[Tensor, "batch pos d_model"]:
         """Back to the stream; head by head only where somebody asked for `hook_result`."""
         if self.hook_result.attachments is None:
@@ -191,9 +221,9 @@ class Attention(SelfAttention):
         """Attention written out, with its two hook points; the softmax in float32 at least."""
         scores = (self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1)
         hidden = self.hidden(run)
-        scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
+        scores = self.hook_attn_scores(self._of_all_keys(scores, hidden, run))
         pattern = self.hook_pattern(scores.softmax(-1, dtype=at_least_float32(q.dtype)).to(q.dtype))
-        return (self._by_group(pattern) @ v).view(*q.shape[:3], -1)
+        return self._mixed(pattern, v)
 
 
 class BidirectionalAttention(Attention):
@@ -337,6 +367,6 @@ class ExtendedAttention(SelfAttention):
         """Attention written out, with its two hook points."""
         scores = self.cap((self._by_group(q * self.scale) @ k.mT).view(*q.shape[:3], -1))
         scores, hidden = self.position_bias(scores, run, self.window), self.hidden(run)
-        scores = self.hook_attn_scores(scores if hidden is None else scores.masked_fill(hidden, float("-inf")))
+        scores = self.hook_attn_scores(self._of_all_keys(scores, hidden, run))
         pattern = self.hook_pattern(self.softmax(scores, q.dtype))
-        return (self._by_group(pattern) @ v).view(*q.shape[:3], -1)
+        return self._mixed(pattern, v)

@@ -97,6 +97,29 @@ class Layer:
             torch.index_select(source, 0, rows, out=target)
         return copy
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple["Layer", Int[Tensor, " row"], int]], end: int, capacity: int) -> "Layer":
+        """Rows of several layers under each other, as far as a query at column `end` sees them.
+
+        Args:
+            parts: a layer, its rows, and by how many columns they move to the right; what moves out on the left is
+                padding.
+        """
+        like = parts[0][0]
+        first = first_seen(end, like.window)
+        room = capacity - first if like.window is None else min(capacity - first, 2 * like.window)
+        n_rows = sum(len(rows) for _, rows, _ in parts)
+        whole = cls.room(like.k, like.v, max(room, end - first), origin=first, window=like.window, rows=n_rows)
+        n_before = 0
+        for layer, rows, shift in parts:
+            start = max(first, layer.origin + shift)
+            for source, target in zip(layer.get(start - shift, end - shift), whole.get(first, end), strict=True):
+                own = target[n_before : n_before + len(rows)]
+                own[:, :, : start - first] = 0  # a query does not see it, but multiplies it by zero
+                own[:, :, start - first :] = source.index_select(0, rows)
+            n_before += len(rows)
+        return whole
+
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
@@ -223,6 +246,39 @@ class KVCache:
                 branch.pads, branch._own = self.pads[list(rows)], self._own[list(rows)]
         branch.length = self.length
         return branch
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple["KVCache", Sequence[int]]], capacity: int) -> "KVCache":
+        """An independent copy of rows of several caches, those of one after those of another.
+
+        It is as long as the longest row: shorter ones get padding on the left, and what all have there is let go.
+
+        Args:
+            parts: caches that hold tokens, of the same model and without gradients, and the numbers of their rows.
+            capacity: tokens a row for which there is room, those that are held included.
+        """
+        owns = [cache._own_of(rows) for cache, rows in parts]
+        whole = cls(capacity)
+        whole.length = end = max(own.shape[1] for own in owns)
+        for name, like in parts[0][0]._layers.items():
+            at = [torch.tensor(rows, device=like.k.device) for _, rows in parts]
+            layers = [
+                (cache._layers[name], rows, end - cache.length) for (cache, _), rows in zip(parts, at, strict=True)
+            ]
+            whole._layers[name] = Layer.joined(layers, end, capacity)
+        with torch.inference_mode(False):
+            padded = [torch.nn.functional.pad(own, (end - own.shape[1], 0)) for own in owns]
+            joined = torch.nn.functional.pad(torch.cat(padded), (0, max(capacity, end) - end), value=True)
+            if not joined.all():
+                whole.pads, whole._own = (~joined).sum(1, keepdim=True), joined
+        return whole
+
+    def _own_of(self, rows: Sequence[int]) -> Bool[Tensor, "row _"]:
+        """Which columns are these rows' own tokens, from the first on that is one of some row's."""
+        if self.mask is None:
+            return torch.ones(len(rows), self.length, dtype=torch.bool)
+        own = self.mask[list(rows)].cpu()
+        return own[:, int(own.any(0).int().argmax()) :]
 
     def _make_room(self, name: str, k: Tensor, v: Tensor, first: int, window: int | None) -> tuple[Tensor, Tensor]:
         """`extend` where there is no room, or none may be used; columns before `first` are let go."""

@@ -134,7 +134,9 @@ class GatedMLP(FeedForward):
         self.in_order("w_gate", "w_in", "hook_pre", "hook_pre_linear", "hook_post", "w_out")
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        return self.w_out(self.hidden(self.w_gate(x), self.w_in(x)))
+        # As `hidden` does, whose caller would hold both products until the result is there: a third more memory.
+        gate = self.act(self.hook_pre(self.w_gate(x)))
+        return self.w_out(self.hook_post(gate * self.hook_pre_linear(self.w_in(x))))
 
     def hidden(
         self, gate: Float[Tensor, "*batch d_mlp"], linear: Float[Tensor, "*batch d_mlp"]

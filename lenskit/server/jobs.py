@@ -37,6 +37,14 @@ class Report:
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A batch of generations that runs: its rows, and how many columns it will have."""
+
+    rows: int
+    columns: int
+
+
 class Jobs:
     """The jobs' table."""
 
@@ -145,12 +153,14 @@ class Jobs:
 
     # -- workers
 
-    def claim(self, model: str, worker: str, *, rows: int, tokens: int) -> Sequence[Entry]:
-        """The next job of a model, and those behind it that fit into its batch."""
+    def claim(
+        self, model: str, worker: str, *, rows: int, tokens: int, beside: Beside | None = None
+    ) -> Sequence[Entry]:
+        """The next job of a model, and those behind it that fit into its batch, or into one that runs: `batch_of`."""
         with self._writing() as connection:
             one_at_a_time(connection, f"queue of {model}")
             queue = _queue(model).order_by("nth", "served", "seq").limit(LOOKED_AT)
-            chosen = batch_of(connection.execute(queue).all(), rows=rows, tokens=tokens)
+            chosen = batch_of(connection.execute(queue).all(), rows=rows, tokens=tokens, beside=beside)
             if not chosen:
                 return []
             self._served(connection, model, {row.key for row in chosen})
@@ -173,12 +183,13 @@ class Jobs:
             queued = sa.select(sa.func.count()).where(jobs.c.model == model, jobs.c.status == "queued")
             return connection.execute(queued).scalar_one()
 
-    def progress(self, ids: Iterable[str], worker: str, step: int) -> set[str]:
+    def progress(self, steps: Mapping[str, int], worker: str) -> set[str]:
         """Note how far jobs are; gives those that are still the worker's."""
         with self._writing() as connection:
-            mine = sa.and_(jobs.c.id.in_(list(ids)), jobs.c.worker == worker, jobs.c.status == "running")
-            connection.execute(sa.update(jobs).where(mine).values(step=step))
-            return set(connection.execute(sa.select(jobs.c.id).where(mine)).scalars())
+            mine = sa.and_(jobs.c.worker == worker, jobs.c.status == "running")
+            for step, ids in by_step(steps).items():
+                connection.execute(sa.update(jobs).where(mine, jobs.c.id.in_(ids)).values(step=step))
+            return set(connection.execute(sa.select(jobs.c.id).where(mine, jobs.c.id.in_(list(steps)))).scalars())
 
     def finish(self, reports: Sequence[Report], worker: str) -> list[str | None]:
         """Report how jobs ended.
@@ -292,6 +303,14 @@ class Jobs:
             return connection.execute(newest).all()
 
 
+def by_step(steps: Mapping[str, int]) -> dict[int, list[str]]:
+    """Which jobs are at each step."""
+    found: dict[int, list[str]] = {}
+    for id, step in steps.items():
+        found.setdefault(step, []).append(id)
+    return found
+
+
 def _sum(column: Any) -> sa.Select[Any]:
     return sa.select(sa.func.coalesce(sa.func.sum(column), 0))
 
@@ -308,24 +327,25 @@ def _queue(model: str) -> sa.Select[Any]:
     return queue.where(jobs.c.model == model, jobs.c.status == "queued")
 
 
-def batch_of(queue: Sequence[Entry], *, rows: int, tokens: int) -> list[Entry]:
+def batch_of(queue: Sequence[Entry], *, rows: int, tokens: int, beside: Beside | None = None) -> list[Entry]:
     """The first job, and those behind it that can run beside it, all padded to the longest.
 
     One that has been begun before runs alone: it may be what its worker died of.
+
+    Args:
+        beside: what runs. Generations join it, forward passes are a batch of their own. If the first job can do
+            neither, none is chosen: it waits until the batch is over, and those behind it do not keep that from coming.
     """
     chosen: list[Entry] = []
+    others = Beside(0, 0) if beside is None or (queue and queue[0].verb == "forward") else beside
     for row in queue:
-        if not chosen:
-            chosen = [row]
-            if row.alone or row.attempts:
-                break
-            continue
-        if row.alone or row.attempts or row.verb != chosen[0].verb:
-            continue
-        n_rows = sum(other.rows for other in chosen) + row.rows
-        longest = max(other.width + other.steps for other in (*chosen, row))
-        if n_rows <= rows and n_rows * longest <= tokens:
+        n_rows = others.rows + sum(other.rows for other in chosen) + row.rows
+        longest = max(others.columns, *(other.width + other.steps for other in (*chosen, row)))
+        fits = n_rows <= rows and n_rows * longest <= tokens
+        if fits and row.verb == queue[0].verb and not (row.alone or row.attempts):
             chosen.append(row)
+        elif row is queue[0]:
+            return [row] if beside is None else []
     return chosen
 
 

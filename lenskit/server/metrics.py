@@ -21,7 +21,8 @@ class Metrics:
         self._ended = Counter("lenskit_jobs_ended", "Jobs that ended, by model and how", ["model", "status"], **given)
         self._batches = Counter("lenskit_batches", "Batches begun, by model", ["model"], **given)
         buckets = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-        self._rows = Histogram("lenskit_batch_rows", "Rows of a batch", ["model"], buckets=buckets, **given)
+        said = "Rows of a batch in which jobs begin"
+        self._rows = Histogram("lenskit_batch_rows", said, ["model"], buckets=buckets, **given)
         self._restarts = Counter("lenskit_worker_restarts", "Workers that died", ["model"], **given)
         self._ready = Gauge("lenskit_workers_ready", "Workers that are ready, by model", ["model"], **given)
         self._memory = Gauge("lenskit_device_memory_used_bytes", "Of each device", ["model", "device"], **given)
@@ -29,7 +30,7 @@ class Metrics:
     def count(self, model: str, note: Note) -> None:
         """Something happened in a worker of a model."""
         if note["event"] == "begun":
-            self._batches.labels(model).inc()
+            self._batches.labels(model).inc(0 if note["joined"] else 1)
             self._rows.labels(model).observe(note["rows"])
         elif note["event"] == "over":
             self._ended.labels(model, note["status"]).inc()

@@ -26,7 +26,7 @@ from lenskit.server.database import is_shared
 from lenskit.server.jobs import Jobs
 from lenskit.server.metrics import Metrics
 from lenskit.server.service import Service
-from lenskit.server.worker import hired
+from lenskit.server.worker_process import hired
 from lenskit.server.workers import Note
 
 LOG = logging.getLogger("lenskit.server")

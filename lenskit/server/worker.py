@@ -1,13 +1,11 @@
-"""A worker: one process with one replica of a model. Claims jobs, runs them together, keeps their results.
+"""A worker: the loop of one replica of a model. Claims jobs, runs them together, keeps their results.
 
-The process that started it writes lines of JSON to its standard input ({"wake": true}, {"cancel": id}; the end of it is
-the worker's end, too) and reads lines from its standard output: what happens, as it happens. Both are hints only. What
-is to be done, and what was, is in the database.
+While a batch of generations runs, others join it between two steps, and forward passes run there. What is to be done,
+and what was, is in the database; what a worker is told (`awake`, `cancelled`) and tells are hints only.
 """
 
 import contextlib
 import gc
-import json
 import os
 import queue
 import sys
@@ -17,39 +15,40 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from sqlalchemy.exc import SQLAlchemyError
 
-from lenskit.batching import Forward, SharedRun
+from lenskit.batching import Forward, Member, SharedRun
 from lenskit.errors import JobCancelledError, LenskitError, OutOfRoomError, RemoteError
 from lenskit.generation import Generation, Step
 from lenskit.interventions.execution import Execution
 from lenskit.interventions.forward import Result, forward
 from lenskit.remote.wire import error_to_wire, pack, result_to_wire, unpack
 from lenskit.server.admission import Ready, admit
-from lenskit.server.config import Config, Model
-from lenskit.server.database import Entry, connect, is_shared
-from lenskit.server.jobs import FINAL, Jobs, Report
-from lenskit.server.lease import Lease
+from lenskit.server.config import Config
+from lenskit.server.database import Entry
+from lenskit.server.jobs import FINAL, Beside, Jobs, Report, by_step
 from lenskit.server.results import Results
 from lenskit.transformer import HookedTransformer
 
 IDLE_SECONDS = 1.0  # after which an idle worker looks again, though nobody woke it
 NOTED_SECONDS = 1.0  # between two notes in the database of how far jobs are
 TOLD_SECONDS = 0.05  # between two lines about it
-SECONDS_A_JOB = 0.002  # that are given to clients to send their next one, after a batch of many
-LONGEST_GATHERING = 0.15
-SECONDS_A_LOOK = 0.01
+NEWCOMERS = 0.15  # of a batch's time may go into first steps of those who come later, and forward passes
+COPYING = 0.05  # of its time may go into putting them under each other
 
 
 @dataclass(eq=False)
 class Task:
-    """A claimed job, on its way."""
+    """A claimed job, on its way.
+
+    member: in a batch, what it is there.
+    """
 
     id: str
     row: Entry
     ready: Ready
+    member: Member = field(init=False)
 
 
 Ended = tuple[Task, Result | Generation] | Report
@@ -74,11 +73,10 @@ class Worker:
     stopping: bool = False
 
     def __post_init__(self) -> None:
-        self._over: set[str] = set()  # of the batch that runs
+        self._later: list[Entry] = []  # claimed, to be run once the batch that runs is over
         self._ended: queue.Queue[Ended] = queue.Queue()
         threading.Thread(target=self._keep_results, name="results", daemon=True).start()
-        self._noted = self._told = 0.0
-        self._newest = 0  # how many jobs the newest batch had
+        self._noted = self._told = self._looked = self._closed_until = 0.0
 
     def run(self) -> None:
         """Work until `stopping`."""
@@ -95,71 +93,121 @@ class Worker:
         return found
 
     def _next_batch(self) -> bool:
+        rows = self._claimed()
+        found = bool(rows)
+        while rows:
+            tasks = self._prepared(rows)
+            self._ended.join()  # so that no more results wait to be written than one batch has
+            self._run_all(tasks)
+            rows, self._later = self._later, []
+        self.cancelled.clear()
+        return found
+
+    def _claimed(self, beside: Beside | None = None) -> Sequence[Entry]:
+        self._looked = time.monotonic()
+        limits = {"rows": self.config.batch_rows, "tokens": self.config.batch_tokens}
         try:
-            self._gather()
-            rows = self.jobs.claim(
-                self.model_name, self.name, rows=self.config.batch_rows, tokens=self.config.batch_tokens
-            )
+            rows = self.jobs.claim(self.model_name, self.name, **limits, beside=beside)
         except SQLAlchemyError as error:  # the disk is full, or the database away: it may come back
             print(f"cannot claim jobs: {error}", file=sys.stderr)
-            return False
-        self._newest = len(rows)
-        if not rows:
-            return False
-        self.tell({"event": "begun", "jobs": [row.id for row in rows], "rows": sum(row.rows for row in rows)})
-        tasks = [task for row in rows if (task := self._prepared(row)) is not None]
-        self._ended.join()  # so that no more results wait to be written than one batch has
-        self._run_all(tasks)
-        self.cancelled.clear()
-        return True
+            return []
+        if rows:
+            joined = beside if beside is not None and rows[0].verb == "generate" else None
+            n_rows = sum(row.rows for row in rows) + (0 if joined is None else joined.rows)
+            ids = [row.id for row in rows]
+            self.tell({"event": "begun", "jobs": ids, "rows": n_rows, "joined": joined is not None})
+        return rows
 
-    def _gather(self) -> None:
-        """Where many jobs ran together, many come at once when they are answered: wait until as many are there."""
-        end = time.monotonic() + min(LONGEST_GATHERING, self._newest * SECONDS_A_JOB)
-        while self._newest > 1 and time.monotonic() < end and self.jobs.waiting(self.model_name) < self._newest:
-            time.sleep(SECONDS_A_LOOK)
-
-    def _prepared(self, row: Entry) -> Task | None:
-        try:
-            job, tensors = unpack(row.body)
-            return Task(row.id, row, admit(self.model, job, tensors))
-        except Exception as error:
-            self._failed(row.id, error)
-            return None
+    def _prepared(self, rows: Sequence[Entry]) -> list[Task]:
+        tasks = []
+        for row in rows:
+            try:
+                job, tensors = unpack(row.body)
+                tasks.append(Task(row.id, row, admit(self.model, job, tensors)))
+            except Exception as error:
+                self._failed(row.id, error)
+        return tasks
 
     def _run_all(self, tasks: Sequence[Task]) -> None:
         """Together where that can be, and each alone where together it cannot."""
-        shared = [task for task in tasks if not task.ready.alone]
-        if len(shared) > 1:
+        shared: list[Task] = []
+        apart: list[Task] = []
+        for task in tasks:
+            (apart if task.ready.alone or task.row.attempts > 1 else shared).append(task)
+        may_grow = sum(task.row.rows for task in shared) < self.config.batch_rows
+        if len(shared) > 1 or (shared and shared[0].row.verb == "generate" and may_grow):
             try:
-                shared = self._together(shared)
+                self._together(shared)
             except Exception as error:  # no room for all of them, or two that exclude each other: nobody's fault
                 print(f"a batch of {len(shared)} jobs is run one by one: {error!r}"[:500], file=sys.stderr)
                 self._let_go()
-                # Anew, because what runs has drawn random numbers.
-                left = [task.row for task in shared if task.id not in self._over]
-                shared = [task for row in left if (task := self._prepared(row)) is not None]
-        for task in (*shared, *(task for task in tasks if task.ready.alone)):
+                shared = self._prepared([task.row for task in shared])  # because what runs has drawn random numbers
+        for task in (*shared, *apart):
             self._alone(task)
 
-    def _together(self, tasks: Sequence[Task]) -> list[Task]:
-        """Run them as one batch; gives none back."""
-        self._over = set()
-        run = SharedRun(self.model, [task.ready.work for task in tasks])
-        pairs = list(zip(tasks, run.members, strict=True))
-        while not run.over:
+    def _together(self, going: list[Task]) -> None:
+        """Run them as one batch, and what comes meanwhile with them. `going` has those that are not over."""
+        run = self._batch_of(going)
+        while going:
             run.step()
-            for task, member in pairs:
-                if task.id in self._over:
-                    continue
-                if member.output is not None or member.error is not None:
-                    self._over.add(task.id)
-                    self._finished(task, member.error or member.output)
-                elif task.id in self.cancelled:
-                    self._over.add(task.id)
-                    member.drop()
-            self._at_step(run.index, [task.id for task in tasks if task.id not in self._over])
-        return []
+            self._settle(going)
+            self._at_step({task.id: task.member.index for task in going})
+            if going and run.generating:
+                self._let_in(run, going)
+
+    def _batch_of(self, tasks: Sequence[Task]) -> SharedRun:
+        run = SharedRun(self.model, [task.ready.work for task in tasks])
+        for task, member in zip(tasks, run.members, strict=True):
+            task.member = member
+        return run
+
+    def _settle(self, going: list[Task]) -> None:
+        """Report those that a step has ended, and take them out."""
+        before = len(going)
+        for task in going:
+            if task.member.output is not None or task.member.error is not None:
+                self._finished(task, task.member.error or task.member.output)
+            elif task.id in self.cancelled:
+                task.member.drop()
+        going[:] = [task for task in going if not task.member.over]
+        if len(going) < before:
+            self.awake.set()  # there is room
+
+    def _let_in(self, run: SharedRun, going: list[Task]) -> None:
+        """Between two steps: take in the generations that wait, or run the forward passes, whichever comes first."""
+        began = time.monotonic()
+        if self.stopping or began < self._closed_until or self._later or not self._ended.empty():
+            return
+        if not self.awake.is_set() and began - self._looked < IDLE_SECONDS:
+            return
+        self.awake.clear()
+        rows = self._claimed(Beside(run.n_rows, run.n_columns)) if run.open else ()
+        tasks, copying = self._prepared(rows), 0.0
+        if rows and rows[0].verb == "forward":
+            self._run_all(tasks)
+        elif tasks:
+            copying = self._join(run, going, tasks)
+        self.cancelled.intersection_update([task.id for task in going])
+        now = time.monotonic()
+        self._closed_until = now + max((now - began) * (1 / NEWCOMERS - 1), copying / COPYING)
+
+    def _join(self, run: SharedRun, going: list[Task], tasks: list[Task]) -> float:
+        """Take tasks in, or put them off; gives the seconds that it took to put them under the others."""
+        try:
+            others = self._batch_of(tasks)
+            if others.open:
+                others.step()
+                self._settle(tasks)
+                began = time.monotonic()
+                if tasks:
+                    run.join(others)
+                    going += tasks
+                return time.monotonic() - began
+        except Exception as error:  # no room for them now
+            print(f"{len(tasks)} jobs do not join a batch: {error!r}"[:500], file=sys.stderr)
+            self._let_go()
+        self._later = [task.row for task in tasks]
+        return 0.0
 
     def _alone(self, task: Task) -> None:
         try:
@@ -179,19 +227,20 @@ class Worker:
             steps.setdefault(number, []).append(step)
             if task.id in self.cancelled:
                 return _cancelled()
-            self._at_step(step.index + 1, [task.id])
+            self._at_step({task.id: step.index + 1})
         return work.result(execution, steps)
 
-    def _at_step(self, step: int, ids: Sequence[str]) -> None:
+    def _at_step(self, steps: Mapping[str, int]) -> None:
         """Say how far jobs are, now and then; learn of those that were cancelled."""
         now = time.monotonic()
-        if ids and now - self._told > TOLD_SECONDS:
+        if steps and now - self._told > TOLD_SECONDS:
             self._told = now
-            self.tell({"event": "step", "jobs": list(ids), "step": step})
-        if ids and now - self._noted > NOTED_SECONDS:
+            for step, ids in by_step(steps).items():
+                self.tell({"event": "step", "jobs": ids, "step": step})
+        if steps and now - self._noted > NOTED_SECONDS:
             self._noted = now
             with contextlib.suppress(SQLAlchemyError):
-                self.cancelled |= set(ids) - self.jobs.progress(ids, self.name, step)
+                self.cancelled |= steps.keys() - self.jobs.progress(steps, self.name)
 
     # -- what came of it
 
@@ -282,82 +331,3 @@ def _cancelled() -> JobCancelledError:
     return JobCancelledError(
         "the job was cancelled", got="a DELETE while it ran", expected="a job that may end", fix="send it again"
     )
-
-
-def load(model: Model) -> HookedTransformer:
-    """The model with its weights."""
-    dtype = None if model.dtype is None else getattr(torch, model.dtype)
-    return HookedTransformer.from_pretrained(
-        model.where, device=model.device, device_map=model.device_map, dtype=dtype, revision=model.revision
-    )
-
-
-def memory() -> list[dict[str, Any]]:
-    """Devices, and what of their memory is in use, in bytes; of the CPU's, by this process."""
-    found = [{"device": "cpu", "used": psutil.Process().memory_info().rss, "total": psutil.virtual_memory().total}]
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append({"device": f"cuda:{index}", "used": total - free, "total": total})
-    return found
-
-
-def hired(name: str, model: Model, config: Config, tell: Callable[[Mapping[str, Any]], None]) -> Worker:
-    """A worker with its weights, which has said that it is alive where others need to know.
-
-    Raises:
-        LenskitError: the model cannot be loaded.
-    """
-    loaded = load(model)
-    jobs = Jobs(connect(config.database_url))
-    if is_shared(config.database_url):
-        Lease(name, model.name, jobs, config, memory)
-    return Worker(
-        name=name,
-        model_name=model.name,
-        model=loaded,
-        jobs=jobs,
-        results=Results(config.results_url),
-        config=config,
-        tell=tell,
-    )
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The process: its name, the model, and the server's configuration, as JSON on the first line of its input."""
-    [name] = arguments
-    told = json.loads(sys.stdin.readline())
-    model = Model(**told["model"])
-    config = Config(**told["config"])
-    lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints must not be taken for a line of ours
-    lock = threading.Lock()
-
-    def tell(data: Mapping[str, Any]) -> None:
-        with lock, contextlib.suppress(OSError):
-            lines.write(json.dumps(data) + "\n")
-
-    try:
-        worker = hired(name, model, config, tell)
-    except LenskitError as error:
-        tell({"event": "failed", "error": error_to_wire(error)})
-        raise SystemExit(3) from error
-    threading.Thread(target=_listen, args=(worker,), daemon=True).start()
-    tell({"event": "ready", "memory": memory()})
-    worker.run()
-
-
-def _listen(worker: Worker) -> None:
-    for line in sys.stdin:
-        told = json.loads(line)
-        if "cancel" in told:
-            worker.cancelled.add(told["cancel"])
-        if told.get("memory"):
-            worker.tell({"event": "memory", "memory": memory()})
-        if told.get("stop"):
-            worker.stopping = True
-        worker.awake.set()
-    os._exit(0)  # whoever started this is gone; what was running is in the database
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -87,7 +87,7 @@ class Replica:
         """One process, from its start to its end."""
         self.name = f"{self.model.name}-{secrets.token_hex(4)}"
         process = subprocess.Popen(
-            [sys.executable, "-m", "lenskit.server.worker", self.name],
+            [sys.executable, "-m", "lenskit.server.worker_process", self.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
