@@ -5,7 +5,6 @@ check. Used, the functions attached to the point read or replace the activation.
 business of scopes (`interventions/scope.py`), never of the model.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,7 +272,7 @@ def _run(point: HookPoint, x: Tensor) -> Tensor:
 
     Functions are arbitrary Python: a compiled model calls them, it does not trace them.
     """
-    if "torch._dynamo" in sys.modules:  # the compiler, which nobody should import to find out that it is not in use
+    if torch.compiler.is_compiling():
         global _uncompiled
         if _uncompiled is None:
             _uncompiled = torch.compiler.disable(_apply_attached)

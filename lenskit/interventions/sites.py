@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
@@ -24,16 +24,19 @@ def resolve(site: Site, points: Mapping[str, HookPoint]) -> list[HookPoint]:
         UnknownHookPointError: the site, or an entry of the list, matches none.
     """
     names = _matches(site, points)
+    if isinstance(site, str):
+        return [points[name] for name in names]
     return [point for name, point in points.items() if name in names]
 
 
-def _matches(site: Site, points: Mapping[str, HookPoint]) -> Set[str]:
+def _matches(site: Site, points: Mapping[str, HookPoint]) -> Collection[str]:
+    """Names; those that one text matches are in order."""
     if isinstance(site, str):
         if site in points:
-            return {site}
+            return (site,)
         pattern = _count_layers(site, points)
         if pattern in points:
-            return {pattern}
+            return (pattern,)
         if any(sign in pattern for sign in "*?["):
             return _glob(pattern, tuple(points)) or _no_match(repr(site), points, near=site)
         return _no_match(repr(site), points, near=site)
@@ -50,8 +53,8 @@ def describe(site: Site) -> str:
 
 
 @lru_cache(maxsize=256)  # a script asks the same of every prompt
-def _glob(pattern: str, names: tuple[str, ...]) -> Set[str]:
-    return frozenset(name for name in names if fnmatchcase(name, pattern))
+def _glob(pattern: str, names: tuple[str, ...]) -> Collection[str]:
+    return tuple(name for name in names if fnmatchcase(name, pattern))
 
 
 def _count_layers(name: str, points: Mapping[str, HookPoint]) -> str:
@@ -64,7 +67,7 @@ def _count_layers(name: str, points: Mapping[str, HookPoint]) -> str:
     return f"blocks.{layer}.{found[2]}" if layer >= 0 else name
 
 
-def _no_match(what: str, points: Mapping[str, HookPoint], near: str | None = None) -> Set[str]:
+def _no_match(what: str, points: Mapping[str, HookPoint], near: str | None = None) -> Collection[str]:
     close = difflib.get_close_matches(near, points, n=3, cutoff=0.6) if near else []
     last = list(points)[-1] if points else "none"
     raise UnknownHookPointError(
