@@ -270,7 +270,8 @@ class KVCache:
             padded = [torch.nn.functional.pad(own, (end - own.shape[1], 0)) for own in owns]
             joined = torch.nn.functional.pad(torch.cat(padded), (0, max(capacity, end) - end), value=True)
             if not joined.all():
-                whole.pads, whole._own = (~joined).sum(1, keepdim=True), joined
+                whole._own = joined.to(next(iter(whole._layers.values())).k.device)
+                whole.pads = (~whole._own).sum(1, keepdim=True)
         return whole
 
     def _own_of(self, rows: Sequence[int]) -> Bool[Tensor, "row _"]:
