@@ -399,7 +399,7 @@ def test_traces_over_the_points(beside: lk.HookedTransformer, base: Path) -> Non
 
 ORDER = {
     "llama": ["qkv.q.hook_adapter", "qkv.k.hook_adapter", "qkv.v.hook_adapter", "hook_q", "hook_z", "o.hook_adapter",
-              "w_gate.hook_adapter", "w_in.hook_adapter", "hook_pre", "hook_pre_linear", "hook_post",
+              "w_gate.hook_adapter", "hook_pre", "w_in.hook_adapter", "hook_pre_linear", "hook_post",
               "w_out.hook_adapter", "hook_mlp_out"],
     "gpt2": ["qkv.joined.hook_adapter", "hook_q", "hook_z", "o.hook_adapter", "w_in.hook_adapter", "hook_pre",
              "hook_post", "w_out.hook_adapter", "hook_mlp_out"],

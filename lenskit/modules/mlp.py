@@ -131,7 +131,7 @@ class GatedMLP(FeedForward):
         self.w_gate = Linear(d_model, d_mlp, bias=bias)
         self.hook_pre_linear = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
         self.hook_post = HookPoint("batch pos d_mlp", d_mlp=d_mlp)
-        self.in_order("w_gate", "w_in", "hook_pre", "hook_pre_linear", "hook_post", "w_out")
+        self.in_order("w_gate", "hook_pre", "w_in", "hook_pre_linear", "hook_post", "w_out")
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         # As `hidden` does, whose caller would hold both products until the result is there: a third more memory.
