@@ -197,8 +197,8 @@ SHORT: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": []}
 def running(
     config: Config, service: Service, demo_gpt2: lk.HookedTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> Running:
-    for share in ("NEWCOMERS", "COPYING"):
-        monkeypatch.setattr(worker, share, 1e9)  # at every step, however long it takes
+    for name, value in {"NEWCOMERS": 1e9, "COPYING": 1e9, "CLOSED_SECONDS": 0.0}.items():
+        monkeypatch.setattr(worker, name, value)  # at every step, however long it takes
     return Running(config, service, demo_gpt2)
 
 

@@ -34,6 +34,7 @@ from lenskit.transformer import HookedTransformer
 IDLE_SECONDS = 1.0  # after which an idle worker looks again, though nobody woke it
 NOTED_SECONDS = 1.0  # between two notes in the database of how far jobs are
 TOLD_SECONDS = 0.05  # between two lines about it
+CLOSED_SECONDS = 0.15  # between two looks at what has come, which then comes together
 NEWCOMERS = 0.15  # of a batch's time may go into first steps of those who come later, and forward passes
 COPYING = 0.05  # of its time may go into putting them under each other
 
@@ -189,7 +190,7 @@ class Worker:
             copying = self._join(run, going, tasks)
         self.cancelled.intersection_update([task.id for task in going])
         now = time.monotonic()
-        self._closed_until = now + max((now - began) * (1 / NEWCOMERS - 1), copying / COPYING)
+        self._closed_until = now + max(CLOSED_SECONDS, (now - began) * (1 / NEWCOMERS - 1), copying / COPYING)
 
     def _join(self, run: SharedRun, going: list[Task], tasks: list[Task]) -> float:
         """Take tasks in, or put them off; gives the seconds that it took to put them under the others."""
