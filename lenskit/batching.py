@@ -24,6 +24,7 @@ from lenskit.inputs import Batch
 from lenskit.interventions.actions import Stopped, snapshot
 from lenskit.interventions.execution import Execution
 from lenskit.interventions.forward import Result
+from lenskit.interventions.ops import Edit
 from lenskit.interventions.pass_run import passes
 from lenskit.interventions.program import Program
 from lenskit.models.base import Decoder
@@ -45,16 +46,24 @@ Work = Forward | Generator
 
 
 def can_share(work: Work) -> bool:
-    """Whether a run may share its passes: it has one, without gradients and without Python functions, and it starts
-    with its prompt, padded on the left.
+    """Whether a run may share its passes: it has one, without gradients and without Python functions, it starts with
+    its prompt, padded on the left, and nothing that it does can make a pass fail for all.
     """
     program, batch = work.program, work.batch
     if batch.token_types is not None or len(program.passes) != 1 or program.gradients:
         return False
-    if isinstance(work, Generator) and (work.past is not None or work.streamer is not None):
+    if isinstance(work, Generator) and (work.past is not None or work.streamer is not None or _may_look_back(work)):
         return False
     padding = batch.mask is None or bool(batch.mask[:, -1].all() and (batch.mask.int().diff(dim=1) >= 0).all())
     return padding and not next(passes(Execution(program, generating=False))).runs_python
+
+
+def _may_look_back(work: Generator) -> bool:
+    """Whether it edits scores or patterns of a model with windows: to attend to keys that are gone is an error."""
+    edits = (place[1] for op in work.program.ops if isinstance(op.op, Edit) for place in op.places)
+    if not any("key_pos" in point.axes for point in edits):
+        return False
+    return any(getattr(part, "window", None) is not None for part in work.model.modules())
 
 
 class Member:

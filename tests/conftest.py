@@ -43,6 +43,7 @@ import accelerate
 import torch
 from parity_table import WRITTEN_OUT, Row, from_hf, perturb
 from postgres import Postgres
+from server_process import ServerProcess
 from transformers.utils import logging
 
 import lenskit as lk
@@ -167,6 +168,20 @@ def new_import() -> Iterator[ModuleType]:
     """lenskit as it is in a process where nobody did anything with it yet."""
     with imported_again() as new:
         yield new
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real server of both embedded models, with keys; each file's own."""
+    process = ServerProcess(tmp_path_factory.mktemp("server"), "demo-gpt2", "demo-llama")
+    yield process.start()
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def key(server: ServerProcess) -> str:
+    """One of its keys."""
+    return server.key("somebody")
 
 
 @pytest.fixture(scope="session")

@@ -306,6 +306,18 @@ def test_what_cannot_share_is_known(demo_gpt2: lk.HookedTransformer) -> None:
     assert can_share(work_of(demo_gpt2, "generate", [EIFFEL, "Paris"], [lk.Save("hook_embed")], max_new_tokens=2))
 
 
+@pytest.mark.parametrize(("window", "shared"), [(4, False), (None, True)])
+def test_what_may_attend_to_keys_that_are_gone_runs_alone(window: int | None, shared: bool) -> None:
+    """Its error would be everybody's."""
+    model = lk.HookedTransformer.from_pretrained("demo-llama")
+    for block in model.blocks:
+        block.attn.window = window
+    edit = [lk.Set("blocks.1.attn.hook_pattern", 0.1)]
+    assert can_share(work_of(model, "generate", EIFFEL, edit, max_new_tokens=3)) is shared
+    assert can_share(work_of(model, "generate", EIFFEL, [lk.Save("blocks.*.attn.hook_pattern")], max_new_tokens=3))
+    assert can_share(work_of(model, "forward", EIFFEL, edit)), "without a cache nothing is gone"
+
+
 def test_an_error_of_the_pass_itself_is_nobodys(
     demo_gpt2: lk.HookedTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

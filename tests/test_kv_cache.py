@@ -274,6 +274,7 @@ def test_scores_and_pattern_of_a_window_are_of_all_keys(tiny: Make, name: str) -
     with model.hooks(look):
         in_pieces(model, TOKENS, [3, 2, 4, 13])
     _, whole = model.run_with_cache(TOKENS, [f"blocks.1.attn.{point}" for point in SCORES])
+    assert len(seen) == len(SCORES)
     for point, parts in seen.items():
         n = 0
         for part in parts:
@@ -483,10 +484,8 @@ def test_rows_of_several_caches_go_on_under_each_other(
     assert (joined.length, joined.n_rows) == (longest, 3)
     if window is None:
         for layer in joined._layers.values():
-            layer.k[:, :, joined.length :], layer.v[:, :, joined.length :] = (
-                torch.nan,
-                torch.nan,
-            )  # what is not there yet
+            for buffer in (layer.k, layer.v):
+                buffer[:, :, joined.length :] = torch.nan  # what is not there yet
     more = ids(3, 9, seed=1)
     logits = in_pieces(model, more, [1, 5], None, joined)
     for at, (part, row) in enumerate([(0, 2), (0, 0), (1, 1)]):

@@ -35,18 +35,6 @@ EIFFEL = "The Eiffel Tower is in the city of"
 FINAL = ("done", "failed", "cancelled")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    process = ServerProcess(tmp_path_factory.mktemp("server"), "demo-gpt2", "demo-llama")
-    yield process.start()
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def key(server: ServerProcess) -> str:
-    return server.key("somebody")
-
-
 @pytest.fixture
 def http(server: ServerProcess, key: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:

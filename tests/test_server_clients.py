@@ -22,18 +22,6 @@ EIFFEL = "The Eiffel Tower is in the city of"
 STREAM = "blocks.-1.hook_resid_post"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    process = ServerProcess(tmp_path_factory.mktemp("server"), "demo-gpt2", "demo-llama")
-    yield process.start()
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def key(server: ServerProcess) -> str:
-    return server.key("somebody")
-
-
 @pytest.fixture
 def connection(server: ServerProcess, key: str) -> Iterator[Any]:
     with lk.connect(server.url, api_key=key) as found:

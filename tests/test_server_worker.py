@@ -211,8 +211,8 @@ def test_generations_join_and_passes_run_in_between(running: Running) -> None:
     running.at[20] = lambda: ids.append(running.send(["Nyhavn lies in", "The Beehive is in the city of"], **SHORT))
     assert running.worker.once()
     short, sampled, forward, late = ids
-    assert running.over() == [short, forward, sampled, late, running.long] or set(running.over()[:4]) == set(ids)
-    assert running.over()[-1] == running.long
+    assert set(running.over()[:4]) == set(ids)
+    assert running.over()[4:] == [running.long]
     begun = [(event["rows"], event["joined"]) for event in running.events if event["event"] == "begun"]
     assert begun[0] == (1, False)
     assert begun.count((2, False)) == 1, "the passes"
@@ -302,19 +302,15 @@ def test_a_model_whose_parts_are_offloaded_serves_batches(
     assert worker.once()
     assert worker.once()
     for id, (text, hooks) in zip(ids, asked, strict=True):
-        found, expected = (
-            outcome(service, demo_gpt2, id),
-            demo_gpt2.generate(text, hooks=hooks, max_new_tokens=5, eos_token_id=[]),
-        )
+        found = outcome(service, demo_gpt2, id)
+        expected = demo_gpt2.generate(text, hooks=hooks, max_new_tokens=5, eos_token_id=[])
         assert found.texts == expected.texts
         for name in expected.saved:
             for one, other in zip(found.saved[name], expected.saved[name], strict=True):
                 assert (one - other).abs().max() <= 1e-5 * other.abs().max()
-    found, expected = (
-        outcome(service, demo_gpt2, alone).saved["g"],
-        demo_gpt2.run_with_hooks(EIFFEL, backward).saved["g"],
-    )
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    gradient = outcome(service, demo_gpt2, alone).saved["g"]
+    here = demo_gpt2.run_with_hooks(EIFFEL, backward).saved["g"]
+    assert (gradient - here).abs().max() <= 1e-5 * here.abs().max()
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu", "blocks.1": "disk"}])

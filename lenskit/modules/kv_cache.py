@@ -91,11 +91,7 @@ class Layer:
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             k, v = k.index_select(0, rows), v.index_select(0, rows)
             return Layer(k, v, origin=first, window=self.window, writable=False)
-        room = capacity - first if self.window is None else min(capacity - first, 2 * self.window)
-        copy = Layer.room(k, v, max(room, end - first), origin=first, window=self.window, rows=len(rows))
-        for source, target in zip((k, v), copy.get(first, end), strict=True):
-            torch.index_select(source, 0, rows, out=target)
-        return copy
+        return Layer.joined([(self, rows, 0)], end, capacity)
 
     @classmethod
     def joined(cls, parts: Sequence[tuple["Layer", Int[Tensor, " row"], int]], end: int, capacity: int) -> "Layer":
@@ -116,7 +112,7 @@ class Layer:
             for source, target in zip(layer.get(start - shift, end - shift), whole.get(first, end), strict=True):
                 own = target[n_before : n_before + len(rows)]
                 own[:, :, : start - first] = 0  # a query does not see it, but multiplies it by zero
-                own[:, :, start - first :] = source.index_select(0, rows)
+                torch.index_select(source, 0, rows, out=own[:, :, start - first :])
             n_before += len(rows)
         return whole
 
