@@ -28,6 +28,7 @@ from lenskit.interventions.ops import Edit
 from lenskit.interventions.pass_run import passes
 from lenskit.interventions.program import Program
 from lenskit.models.base import Decoder
+from lenskit.modules.attention import SelfAttention
 from lenskit.modules.kv_cache import KVCache
 
 
@@ -63,7 +64,7 @@ def _may_look_back(work: Generator) -> bool:
     edits = (place[1] for op in work.program.ops if isinstance(op.op, Edit) for place in op.places)
     if not any("key_pos" in point.axes for point in edits):
         return False
-    return any(getattr(part, "window", None) is not None for part in work.model.modules())
+    return any(isinstance(part, SelfAttention) and part.window is not None for part in work.model.modules())
 
 
 class Member:

@@ -119,7 +119,8 @@ class RayCrew:
         try:
             await self._handles[model].run.remote(job)
         except Exception as error:  # a replica that died: others find the job in the database
-            LOG.warning("nobody waits for %s any more: %s", job, str(error).splitlines()[0])
+            first, *_ = str(error).splitlines() or [repr(error)]
+            LOG.warning("nobody waits for %s any more: %s", job, first)
             return
         ended = await asyncio.to_thread(self._jobs.ended, [job])
         self._told(self._models[model], {"event": "over", "job": job, "status": ended.get(job, "done")})
