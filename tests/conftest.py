@@ -85,7 +85,7 @@ def tiny() -> Callable[..., lk.HookedTransformer]:
     """
 
     def make(model_type: str, *, seed: int = 0, **attributes: Any) -> lk.HookedTransformer:
-        model = lk.HookedTransformer(from_hf(Row("tiny", model_type, attributes)), seed=None)
+        model = lk.HookedTransformer(from_hf(Row("tiny", model_type, attributes)))
         perturb(model, seed)
         return model.eval()
 

@@ -346,8 +346,8 @@ def test_a_model_of_ids_ends_where_it_is_told(shared: lk.HookedTransformer) -> N
     """A model without a checkpoint's config has no end of sequence of its own."""
     free = shared.generate([[5, 6]], max_new_tokens=9).new_tokens[0].tolist()
     assert len(free) == 9
-    eos = free[4]
-    ended = shared.generate([[5, 6]], max_new_tokens=9, eos_token_id=[58, eos]).new_tokens[0].tolist()
+    eos, unused = free[4], next(token for token in range(shared.cfg.d_vocab) if token not in free)
+    ended = shared.generate([[5, 6]], max_new_tokens=9, eos_token_id=[unused, eos]).new_tokens[0].tolist()
     assert ended == free[: free.index(eos) + 1]
 
 
